@@ -1,0 +1,50 @@
+"""Makes the Vision Transformers you already have cheaper.
+
+The public names, and nothing else. They are imported when first used, so that
+importing the package loads no more than torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from manyheads.attention import Hydra as Hydra
+    from manyheads.attention import Softmax as Softmax
+    from manyheads.checkpoint import load as load
+    from manyheads.checkpoint import save as save
+    from manyheads.conversion import convert as convert
+    from manyheads.conversion import preview as preview
+    from manyheads.costs import cost as cost
+    from manyheads.ffn import Compact as Compact
+    from manyheads.recipe import Recipe as Recipe
+    from manyheads.recipe import Swap as Swap
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Compact": "ffn",
+    "Hydra": "attention",
+    "Recipe": "recipe",
+    "Softmax": "attention",
+    "Swap": "recipe",
+    "convert": "conversion",
+    "cost": "costs",
+    "load": "checkpoint",
+    "preview": "conversion",
+    "save": "checkpoint",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home on first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'manyheads' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"manyheads.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,16 @@
+"""The attention mechanisms, one file each; `MECHANISMS` lists their specs."""
+
+from manyheads.attention.base import AttentionSpec, CoreCost, Mechanism
+from manyheads.attention.hydra import Hydra
+from manyheads.attention.softmax import Softmax
+
+__all__ = [
+    "MECHANISMS",
+    "AttentionSpec",
+    "CoreCost",
+    "Hydra",
+    "Mechanism",
+    "Softmax",
+]
+
+MECHANISMS: tuple[type[AttentionSpec], ...] = (Softmax, Hydra)

@@ -1,0 +1,164 @@
+"""The main verb: make a new model whose blocks are what a recipe says."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from manyheads.hosts import find_host
+from manyheads.ledger import BlockCost, Ledger, keep_books
+from manyheads.recipe import Recipe
+from manyheads.surgery import Operation, apply_swaps, blank_copy, plan_swaps
+
+__all__ = ["Preview", "PreviewRow", "convert", "preview"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewRow:
+    """What would happen to one block.
+
+    Attributes:
+        block: Block number.
+        path: Module path.
+        was: Attention and feed-forward layer now.
+        becomes: Attention and feed-forward layer afterwards.
+        parameters: Parameters of both, before and after.
+        flops: Multiply-adds for one image, before and after.
+        left_alone: Why a part that the recipe meets is not swapped, if so.
+    """
+
+    block: int
+    path: str
+    was: str
+    becomes: str
+    parameters: tuple[int, int]
+    flops: tuple[int, int]
+    left_alone: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """What a recipe would do to a model; nothing has changed.
+
+    Attributes:
+        rows: The blocks that the recipe meets.
+        parameters: Parameters of the whole model, before and after.
+        flops: Multiply-adds of the whole model for one image, before and after.
+        image_size: Height and width for which work was counted.
+    """
+
+    rows: tuple[PreviewRow, ...]
+    parameters: tuple[int, int]
+    flops: tuple[int, int]
+    image_size: tuple[int, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Give everything as JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        cells = [("block", "was", "becomes", "parameters", "MFLOPs")]
+        for row in self.rows:
+            becomes = f"{row.becomes} (left alone: {row.left_alone})"
+            cells.append(
+                (
+                    f"{row.block} {row.path}",
+                    row.was,
+                    becomes if row.left_alone else row.becomes,
+                    f"{row.parameters[0]:,} -> {row.parameters[1]:,}",
+                    f"{row.flops[0] / 1e6:,.1f} -> {row.flops[1] / 1e6:,.1f}",
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(
+                text.ljust(w) for text, w in zip(row, widths, strict=True)
+            ).rstrip()
+            for row in cells
+        ]
+        height, width = self.image_size
+        (p0, p1), (f0, f1) = self.parameters, self.flops
+        lines.append(
+            f"whole model at {height}x{width}: {p0 / 1e6:.2f} -> {p1 / 1e6:.2f} M "
+            f"parameters, {f0 / 1e9:.2f} -> {f1 / 1e9:.2f} GFLOPs (multiply-add = 1)"
+        )
+        return "\n".join(lines)
+
+
+def preview(
+    model: nn.Module, recipe: Recipe, *, image_size: tuple[int, int] | None = None
+) -> Preview:
+    """Show what `convert` would do, block by block, changing nothing.
+
+    Args:
+        model: A hosted model.
+        recipe: What the blocks are to become.
+        image_size: Height and width for which work is counted; None for the native
+            size.
+
+    Raises:
+        UnknownHost: No host knows the model.
+        NothingToConvert: A block is out of range, or nothing would change.
+        SwapRefused: A mechanism cannot carry what a layer does.
+        ImageSizeError: The size gives no valid token grid.
+    """
+    host, sites = find_host(model)
+    operations = plan_swaps(model, sites, recipe)
+    before = keep_books(model, host, sites, image_size)
+    blank = blank_copy(model)
+    apply_swaps(blank, host, operations)
+    after = keep_books(blank, host, host.sites(blank), image_size)
+    return Preview(
+        rows=tuple(_row(operation, before, after) for operation in operations),
+        parameters=(before.num_parameters, after.num_parameters),
+        flops=(before.total, after.total),
+        image_size=before.image_size,
+    )
+
+
+def convert(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Make a new model whose blocks are what the recipe says.
+
+    The given model stays bit for bit as it was; healing needs it as the teacher.
+    Weights are inherited where they mean the same: Hydra keeps all of a layer's
+    projections and adds nothing, a compact layer starts as the best approximation of
+    its rank. Type, device, training mode and `requires_grad` carry over.
+
+    Args:
+        model: A hosted model, converted already or not.
+        recipe: What the blocks are to become.
+
+    Returns:
+        A deep copy with the blocks swapped. It needs healing to be accurate.
+
+    Raises:
+        UnknownHost: No host knows the model.
+        NothingToConvert: A block is out of range, or nothing would change.
+        SwapRefused: A mechanism cannot carry what a layer does.
+    """
+    host, sites = find_host(model)
+    operations = plan_swaps(model, sites, recipe)
+    student = copy.deepcopy(model)
+    apply_swaps(student, host, operations)
+    return student
+
+
+def _row(operation: Operation, before: Ledger, after: Ledger) -> PreviewRow:
+    index = operation.site.index
+    was, becomes = before.blocks[index], after.blocks[index]
+    return PreviewRow(
+        block=index,
+        path=operation.site.path,
+        was=_layers(was),
+        becomes=_layers(becomes),
+        parameters=(was.num_parameters, becomes.num_parameters),
+        flops=(was.matmul + was.elementwise, becomes.matmul + becomes.elementwise),
+        left_alone=operation.left_alone,
+    )
+
+
+def _layers(block: BlockCost) -> str:
+    return f"{block.attention} + {block.ffn}" if block.ffn else block.attention

@@ -1,0 +1,52 @@
+"""The libraries whose models can be converted, one file each."""
+
+from torch import nn
+
+from manyheads.errors import UnknownHost
+from manyheads.hosts.base import Host, ImageInput, Site, mechanism_of, replace_module
+from manyheads.hosts.timm_vit import TimmViT
+
+__all__ = [
+    "HOSTS",
+    "Host",
+    "ImageInput",
+    "Site",
+    "find_host",
+    "host_named",
+    "mechanism_of",
+    "replace_module",
+]
+
+HOSTS: tuple[Host, ...] = (TimmViT(),)
+
+
+def find_host(model: nn.Module) -> tuple[Host, tuple[Site, ...]]:
+    """Give the host that knows this model, with the model's blocks.
+
+    Raises:
+        UnknownHost: No host does, or the one that recognises it finds no attention
+            that could be converted; the message says which attention it has.
+    """
+    for host in HOSTS:
+        if host.recognises(model):
+            sites = host.sites(model)
+            if sites:
+                return host, sites
+            raise _unknown(model, host.refusal(model))
+    raise _unknown(model, "no library this version knows built it")
+
+
+def host_named(name: str) -> Host | None:
+    """Give the host of that name, or None."""
+    return next((host for host in HOSTS if host.name == name), None)
+
+
+def _unknown(model: nn.Module, reason: str) -> UnknownHost:
+    kind = type(model)
+    return UnknownHost(
+        asked=f"a model of class {kind.__module__}.{kind.__qualname__}",
+        found=reason,
+        why="a block that is not understood exactly is never touched",
+        fix="Supported: every timm model whose attention is timm.layers.Attention "
+        "(ViT, DeiT, DeiT-III, SigLIP, CLIP, DINOv2 and relatives).",
+    )

@@ -1,0 +1,165 @@
+"""What a host is: the one place that knows how a library builds its transformers.
+
+A *host* finds the attention and feed-forward layers of a model, swaps the smallest
+module that holds them, resizes the input, and can say how to build the model again.
+Nothing outside this folder names a library. A new library is one new file here and
+one line in `HOSTS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from manyheads.attention import AttentionSpec, Mechanism
+from manyheads.ffn import FeedForwardSpec
+from manyheads.geometry import Geometry, Grid
+
+__all__ = ["Host", "ImageInput", "Site", "TokenGrid", "replace_module"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One place where tokens are mixed, with the feed-forward layer beside it.
+
+    Attributes:
+        index: Block number, from 0 in the order in which an image meets the blocks.
+        path: The block's module path, e.g. "blocks.3".
+        attention_path: The module that a swap of attention replaces.
+        ffn_path: The output matrix that a swap of the feed-forward layer replaces, or
+            None where there is none.
+        geometry: Sizes of the attention layer.
+        attention: What mixes tokens there now.
+        ffn: What the output matrix is now; None for an ordinary one.
+    """
+
+    index: int
+    path: str
+    attention_path: str
+    ffn_path: str | None
+    geometry: Geometry
+    attention: AttentionSpec
+    ffn: FeedForwardSpec | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageInput:
+    """What a model wants its images to be.
+
+    Attributes:
+        channels: Colour channels.
+        size: Native height and width in pixels.
+        mean: Per-channel mean, subtracted from values in [0, 1].
+        std: Per-channel standard deviation.
+        interpolation: Name of the resampling filter, e.g. "bicubic".
+        crop: Share of the resized image that the central crop keeps.
+    """
+
+    channels: int
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop: float
+
+
+class Host(ABC):
+    """Everything the package needs to know about one library's models."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def recognises(self, model: nn.Module) -> bool:
+        """Say whether this library built the model; importing nothing new."""
+
+    @abstractmethod
+    def sites(self, model: nn.Module) -> tuple[Site, ...]:
+        """List the convertible blocks in order; empty if there is none."""
+
+    @abstractmethod
+    def refusal(self, model: nn.Module) -> str:
+        """Say in one clause why a recognised model has no convertible block."""
+
+    @abstractmethod
+    def swap_attention(
+        self, model: nn.Module, site: Site, spec: AttentionSpec
+    ) -> nn.Module:
+        """Make what stands in the place of the site's attention, reusing its parts.
+
+        The old module must not be used afterwards: its children move to the new one.
+        """
+
+    @abstractmethod
+    def track_grid(self, model: nn.Module) -> None:
+        """Tell every mechanism that needs it the token grid of the current image."""
+
+    @abstractmethod
+    def image_input(self, model: nn.Module) -> ImageInput:
+        """Say what images the model wants."""
+
+    @abstractmethod
+    def resize(self, model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Make the model accept this size, in place, and return what it will be fed.
+
+        Returns:
+            Height and width in pixels; larger than asked where whole patches need
+            padding with zeros at the bottom and on the right.
+
+        Raises:
+            ImageSizeError: No token grid of this model fits the size.
+        """
+
+    @abstractmethod
+    def describe(self, model: nn.Module) -> dict[str, Any]:
+        """Say as JSON values how to build the model again, weights left out.
+
+        Raises:
+            CheckpointError: It was not built through the library's own factory.
+        """
+
+    @abstractmethod
+    def rebuild(self, description: dict[str, Any]) -> nn.Module:
+        """Build what `describe` described; the description may come from a stranger.
+
+        Raises:
+            CheckpointError: It names a model or an argument this host does not allow.
+        """
+
+
+class TokenGrid:
+    """Rows and columns of the image now in the network, for layers far from it.
+
+    Blocks see a sequence and cannot tell 7 x 28 tokens from 14 x 14. A hook on the
+    patch embedding writes the grid here, and the attention layers of the same model
+    read it. One object per model; a deep copy of the model copies it along.
+    """
+
+    def __init__(self) -> None:
+        self.grid: Grid | None = None
+
+    def __call__(self) -> Grid | None:
+        """Give the grid of the image that was embedded last."""
+        return self.grid
+
+    def watch_patches(self, embed: Any, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook for a patch embedding that knows its `patch_size`."""
+        image: Tensor = args[0]
+        rows, columns = embed.dynamic_feat_size(image.shape[-2:])
+        self.grid = (rows, columns)
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put a module at a path, in the mode (training or not) of what was there."""
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    new.train(parent.get_submodule(name).training)
+    parent.register_module(name, new)
+
+
+def mechanism_of(module: nn.Module) -> Mechanism | None:
+    """Give the mechanism inside a converted attention layer, or None."""
+    core = getattr(module, "core", None)
+    return core if isinstance(core, Mechanism) else None

@@ -1,0 +1,243 @@
+"""Books every multiply-add of a model to a block, without a device and without data.
+
+The model is copied to the meta device and walked once at the image size in question.
+What a block costs is a closed form of the sizes met on the way; torch's own counter
+watches the same walk, and what it sees beyond the closed forms is booked as the rest
+of the network. So nothing is missed, and the closed forms are checked on every call.
+
+One multiply-add counts 1, the papers' convention. Counted: matrix products and
+convolutions; the mechanisms' own element-wise work; normalisation layers, at 5 per
+element for LayerNorm and GroupNorm, 4 for RMSNorm, 2 for BatchNorm (fvcore's
+convention, which the published tables follow). Not counted: softmax, activations,
+residual sums, biases, pooling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from manyheads.errors import CostError
+from manyheads.hosts import Host, Site
+from manyheads.surgery import blank_copy
+
+__all__ = ["BlockCost", "Ledger", "keep_books"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCost:
+    """What one block costs for one image, in multiply-adds, and its parameters.
+
+    Attributes:
+        index: Block number.
+        path: Module path.
+        attention: The mechanism that is there.
+        ffn: The output matrix that is there; empty for an ordinary one.
+        num_tokens: Tokens that the attention sees, prefix tokens included.
+        num_parameters: Parameters of the attention layer and the feed-forward layer.
+        projections: Query, key, value, gate and output projections.
+        attention_matrices: Making and applying the attention maps, or what stands in
+            their place.
+        feed_forward: The feed-forward layer.
+        elementwise: Element-wise work of the mechanism.
+    """
+
+    index: int
+    path: str
+    attention: str
+    ffn: str
+    num_tokens: int
+    num_parameters: int
+    projections: int
+    attention_matrices: int
+    feed_forward: int
+    elementwise: int
+
+    @property
+    def matmul(self) -> int:
+        """Multiply-adds of the block that are matrix products or stand for them."""
+        return self.projections + self.attention_matrices + self.feed_forward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """All of a model's multiply-adds for one image, and its parameters.
+
+    Attributes:
+        image_size: Height and width that were asked for.
+        fed_size: Height and width that enter the network, padding included.
+        blocks: The convertible blocks.
+        rest: Matrix products and convolutions outside of them.
+        normalisation: Normalisation layers, everywhere.
+        num_parameters: All parameters.
+    """
+
+    image_size: tuple[int, int]
+    fed_size: tuple[int, int]
+    blocks: tuple[BlockCost, ...]
+    rest: int
+    normalisation: int
+    num_parameters: int
+
+    @property
+    def total(self) -> int:
+        """All counted multiply-adds."""
+        in_blocks = sum(block.matmul + block.elementwise for block in self.blocks)
+        return in_blocks + self.rest + self.normalisation
+
+    @property
+    def attention_share(self) -> float:
+        """Share of all matrix products spent on making and applying attention matrices.
+
+        For a plain ViT with softmax attention this is ``N / (6 D + N)``, less what the
+        patch embedding and the head take. Norms and element-wise work do not count.
+        """
+        spent = sum(block.attention_matrices for block in self.blocks)
+        return spent / (self.rest + sum(block.matmul for block in self.blocks))
+
+
+def keep_books(
+    model: nn.Module,
+    host: Host,
+    sites: Sequence[Site],
+    image_size: tuple[int, int] | None = None,
+) -> Ledger:
+    """Walk a copy of the model on the meta device and book what it does.
+
+    Args:
+        model: Any hosted model, converted or not; it is not touched.
+        host: Its host.
+        sites: Its blocks.
+        image_size: Height and width in pixels; None for the native size.
+
+    Raises:
+        ImageSizeError: The size gives no valid token grid.
+        CostError: The model cannot run on the meta device at this size.
+    """
+    wanted = host.image_input(model)
+    blank = blank_copy(model).eval()
+    size = image_size or wanted.size
+    fed = host.resize(blank, size)
+    image = torch.empty(1, wanted.channels, *fed, device="meta", dtype=_dtype(blank))
+    walk = _Walk(blank, sites)
+    with FlopCounterMode(display=False) as counter, walk, torch.no_grad():
+        try:
+            blank(image)
+        except Exception as error:
+            raise CostError(
+                asked=f"counting {type(model).__name__} at {fed[0]}x{fed[1]}",
+                found=f"it does not run at this size: {error}",
+                fix=f"Use its native image_size={wanted.size}.",
+            ) from error
+    blocks = tuple(walk.book(site) for site in sites)
+    # The counter speaks of FLOPs, two to a multiply-add.
+    counted = counter.get_total_flops() // 2
+    return Ledger(
+        image_size=size,
+        fed_size=fed,
+        blocks=blocks,
+        rest=counted - sum(block.matmul for block in blocks),
+        normalisation=walk.normalisation,
+        num_parameters=_count(blank),
+    )
+
+
+class _Walk:
+    """Hooks that note, during one forward pass, what the closed forms need."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        self.model, self.sites = model, sites
+        self.normalisation = 0
+        self.linear: dict[str, int] = dict.fromkeys(
+            (name for name, m in model.named_modules() if isinstance(m, nn.Linear)), 0
+        )
+        self.tokens: dict[str, tuple[int, int]] = {}
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> None:
+        for name, module in self.model.named_modules():
+            work = _work_per_element(module)
+            if work:
+                self._hook(module, self._note_norm(work))
+            if isinstance(module, nn.Linear):
+                self._hook(module, self._note_linear(name))
+        for site in self.sites:
+            module = self.model.get_submodule(site.attention_path)
+            self._hook(module, self._note_tokens(site.attention_path))
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    def book(self, site: Site) -> BlockCost:
+        """Turn the notes on one site into its closed-form cost."""
+        images, num_tokens = self.tokens[site.attention_path]
+        core = site.attention.core_cost(site.geometry, num_tokens)
+        feed_forward = (site.ffn_path or "").rpartition(".")[0]
+        paths = (site.attention_path, *([feed_forward] if feed_forward else []))
+        return BlockCost(
+            index=site.index,
+            path=site.path,
+            attention=repr(site.attention),
+            ffn=repr(site.ffn) if site.ffn else "",
+            num_tokens=num_tokens,
+            num_parameters=sum(_count(self.model.get_submodule(p)) for p in paths),
+            projections=self._within(site.attention_path),
+            attention_matrices=images * core.attention,
+            feed_forward=self._within(feed_forward) if feed_forward else 0,
+            elementwise=images * core.elementwise,
+        )
+
+    def _within(self, path: str) -> int:
+        inside = f"{path}."
+        return sum(
+            work
+            for name, work in self.linear.items()
+            if name.startswith(inside) and not name.startswith(f"{path}.core.")
+        )
+
+    def _hook(self, module: nn.Module, note: Callable[..., None]) -> None:
+        handle = module.register_forward_hook(note, with_kwargs=False)
+        self._hooks.callback(handle.remove)
+
+    def _note_norm(self, work: int) -> Callable[..., None]:
+        def note(_: nn.Module, __: Any, output: Tensor) -> None:
+            self.normalisation += work * output.numel()
+
+        return note
+
+    def _note_linear(self, name: str) -> Callable[..., None]:
+        def note(module: nn.Linear, __: Any, output: Tensor) -> None:
+            rows = output.numel() // module.out_features
+            self.linear[name] += rows * module.weight.numel()
+
+        return note
+
+    def _note_tokens(self, path: str) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[Tensor, ...], __: Any) -> None:
+            *images, num_tokens, _dim = args[0].shape
+            self.tokens[path] = (math.prod(images), num_tokens)
+
+        return note
+
+
+def _work_per_element(module: nn.Module) -> int:
+    if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+        return 5
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return 2
+    return 4 if "rmsnorm" in type(module).__name__.lower() else 0
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters()), torch.float32)

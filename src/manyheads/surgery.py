@@ -1,0 +1,213 @@
+"""Where modules are swapped: match a recipe to a model, check all, then change.
+
+Nothing is touched before everything is known to fit, and only a copy is ever touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import torch
+from torch import nn
+
+from manyheads.attention import AttentionSpec
+from manyheads.errors import InvalidRecipe, NothingToConvert, SwapRefused
+from manyheads.ffn import FeedForwardSpec
+from manyheads.hosts import Host, Site, replace_module
+from manyheads.recipe import Recipe, Swap
+from manyheads.specs import Spec
+
+__all__ = ["Operation", "apply_swaps", "blank_copy", "current_recipe", "plan_swaps"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """What is to happen at one site.
+
+    Attributes:
+        site: The block.
+        attention: The new mechanism, or None to leave what is there.
+        ffn: The new output matrix, or None to leave what is there.
+        left_alone: Why a part that the recipe meets is not swapped; empty if none is.
+    """
+
+    site: Site
+    attention: AttentionSpec | None
+    ffn: FeedForwardSpec | None
+    left_alone: str = ""
+
+
+def plan_swaps(
+    model: nn.Module, sites: Sequence[Site], recipe: Recipe
+) -> tuple[Operation, ...]:
+    """Match the recipe to the blocks and check every pair, changing nothing.
+
+    Returns:
+        One operation per block that the recipe meets, in order.
+
+    Raises:
+        NothingToConvert: A block number is out of range, or nothing would change.
+        InvalidRecipe: Two swaps give the same part of a block.
+        SwapRefused: A mechanism cannot carry what a layer does; all such layers are
+            named together.
+    """
+    _require_range(sites, recipe)
+    attention = _assign(sites, recipe, "attention", lambda swap: swap.attention)
+    ffn = _assign(sites, recipe, "ffn", lambda swap: swap.ffn)
+    operations, refused = [], []
+    for site in sites:
+        mixer, output = attention.get(site.index), ffn.get(site.index)
+        left_alone = []
+        if mixer and (reason := mixer.exempt(site.geometry)):
+            left_alone.append(reason)
+            mixer = None
+        if mixer and (reason := _attention_problem(site, mixer)):
+            refused.append(_refusal(site, site.attention_path, mixer, reason))
+        if output and site.ffn_path is None:
+            left_alone.append("no feed-forward layer that could be swapped")
+            output = None
+        if output and (reason := _ffn_problem(model, site, output)):
+            refused.append(_refusal(site, site.ffn_path or "", output, reason))
+        if mixer or output or left_alone:
+            operations.append(
+                Operation(
+                    site=site,
+                    attention=mixer,
+                    ffn=output,
+                    left_alone="; ".join(left_alone),
+                )
+            )
+    if refused:
+        raise SwapRefused.many(refused)
+    if not any(op.attention or op.ffn for op in operations):
+        raise NothingToConvert(
+            asked=f"the recipe {recipe}",
+            found="it changes no block: "
+            + "; ".join(sorted({op.left_alone for op in operations})),
+            fix="Choose other blocks or another mechanism; preview() lists the blocks.",
+        )
+    return tuple(operations)
+
+
+def apply_swaps(model: nn.Module, host: Host, operations: Sequence[Operation]) -> None:
+    """Swap in place, on a copy that nobody else holds."""
+    for operation in operations:
+        site = operation.site
+        if operation.attention is not None:
+            new = host.swap_attention(model, site, operation.attention)
+            replace_module(model, site.attention_path, new)
+        if operation.ffn is not None and site.ffn_path is not None:
+            output = cast("nn.Linear", model.get_submodule(site.ffn_path))
+            replace_module(model, site.ffn_path, operation.ffn.build(output))
+    host.track_grid(model)
+
+
+def current_recipe(sites: Sequence[Site], *, plain: AttentionSpec) -> Recipe | None:
+    """Read off a model the recipe that made it; None if nothing was converted.
+
+    Blocks with equal specs share one swap. `plain` is what unconverted blocks hold.
+    """
+    mixers: dict[AttentionSpec, list[int]] = {}
+    outputs: dict[FeedForwardSpec, list[int]] = {}
+    for site in sites:
+        if site.attention != plain:
+            mixers.setdefault(site.attention, []).append(site.index)
+        if site.ffn is not None:
+            outputs.setdefault(site.ffn, []).append(site.index)
+    swaps = [Swap(blocks=blocks, attention=spec) for spec, blocks in mixers.items()]
+    swaps += [Swap(blocks=blocks, ffn=spec) for spec, blocks in outputs.items()]
+    return Recipe(*swaps) if swaps else None
+
+
+def blank_copy(model: nn.Module) -> nn.Module:
+    """Copy a model without its weights, onto the meta device, at no cost in memory."""
+    tensors = [*model.parameters(), *model.buffers()]
+    with torch.no_grad():
+        memo: dict[int, object] = {
+            id(t): nn.Parameter(t.detach().to("meta"), requires_grad=t.requires_grad)
+            if isinstance(t, nn.Parameter)
+            else t.detach().to("meta")
+            for t in tensors
+        }
+    return copy.deepcopy(model, memo)
+
+
+_Spec = TypeVar("_Spec", bound=Spec)
+
+
+def _assign(
+    sites: Sequence[Site],
+    recipe: Recipe,
+    part: str,
+    pick: Callable[[Swap], _Spec | None],
+) -> dict[int, _Spec]:
+    """Give each block the spec that a swap names for it; two are a contradiction."""
+    chosen: dict[int, _Spec] = {}
+    for swap in recipe.swaps:
+        spec = pick(swap)
+        if spec is None:
+            continue
+        for block in _blocks(swap, len(sites)):
+            if block in chosen:
+                raise InvalidRecipe(
+                    asked=f"{part} of block {block} as {spec}",
+                    found=f"an earlier swap of the recipe makes it {chosen[block]}",
+                    why="which of them should win would be a guess",
+                    fix="Name every block once per part: Swap(blocks=range(10), ...).",
+                )
+            chosen[block] = spec
+    return chosen
+
+
+def _blocks(swap: Swap, count: int) -> Sequence[int]:
+    if swap.blocks is None:
+        return range(count)
+    return [block % count for block in swap.blocks]
+
+
+def _require_range(sites: Sequence[Site], recipe: Recipe) -> None:
+    count = len(sites)
+    for swap in recipe.swaps:
+        outside = [b for b in swap.blocks or () if not -count <= b < count]
+        if outside:
+            raise NothingToConvert(
+                asked=f"the recipe names block {', '.join(map(str, outside))}",
+                found=f"this model has blocks 0-{count - 1}",
+                where=f"{sites[0].path} to {sites[-1].path}",
+                fix=f"Use Swap(blocks=range({max(0, count - 2)}, {count}), ...).",
+            )
+
+
+def _attention_problem(site: Site, spec: AttentionSpec) -> str | None:
+    has, needs = (
+        each.num_query_heads(site.geometry) for each in (site.attention, spec)
+    )
+    if has != needs and has < site.geometry.num_heads:
+        return (
+            f"{site.attention} kept queries and keys of {has} of "
+            f"{site.geometry.num_heads} heads and {spec} needs {needs}; convert the "
+            "original model instead"
+        )
+    return spec.problem(site.geometry)
+
+
+def _ffn_problem(model: nn.Module, site: Site, spec: FeedForwardSpec) -> str | None:
+    output = model.get_submodule(site.ffn_path or "")
+    if site.ffn == spec:
+        return f"it already is {spec}"
+    if not isinstance(output, nn.Linear):
+        return f"it already is {site.ffn}; convert the original model instead"
+    return spec.problem(output)
+
+
+def _refusal(site: Site, path: str, spec: Spec, reason: str) -> SwapRefused:
+    return SwapRefused(
+        asked=f"{spec} in block {site.index}",
+        found=reason,
+        where=path,
+        why="what cannot be carried exactly is never changed in silence",
+        fix="Leave these blocks out of the recipe with Swap(blocks=...).",
+    )
