@@ -110,7 +110,9 @@ def _inverse_length(x: Tensor, key_mask: Tensor | None) -> Tensor:
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     weight = torch.linalg.vector_norm(x, dim=-1, dtype=wide).reciprocal_()
     weight.masked_fill_(weight == torch.inf, 0.0)
-    return weight if key_mask is None else weight.masked_fill_(~key_mask, 0.0)
+    if key_mask is not None:
+        weight.masked_fill_(~key_mask, 0.0)
+    return weight
 
 
 def _weighted_sum(x: Tensor, y: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
@@ -127,7 +129,8 @@ def _gated(x: Tensor, weight: Tensor, factor: Tensor, buffer: Tensor) -> Tensor:
     """Give weight[n] * x[n] * factor, in the buffer where the types allow it."""
     if x.dtype is weight.dtype:
         torch.mul(x, factor[:, None], out=buffer)
-        return buffer.mul_(weight[..., None])
+        buffer.mul_(weight[..., None])
+        return buffer
     # In half types 1 / |x| alone may overflow; the product does not.
     return (weight[..., None] * x * factor[:, None]).to(x.dtype)
 
