@@ -108,7 +108,8 @@ hydra.register_autograd(_backward, setup_context=_setup_context)
 def _inverse_length(x: Tensor, key_mask: Tensor | None) -> Tensor:
     """Invert the length of each vector; zero vectors and masked tokens get zero."""
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    weight = torch.linalg.vector_norm(x, dim=-1, dtype=wide).reciprocal_()
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=wide)
+    weight = length.reciprocal_()
     weight.masked_fill_(weight == torch.inf, 0.0)
     if key_mask is not None:
         weight.masked_fill_(~key_mask, 0.0)
