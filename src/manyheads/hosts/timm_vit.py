@@ -129,8 +129,8 @@ class TimmViT(Host):
         others = sorted(
             {
                 type(module).__name__
-                for module in model.modules()
-                if "attn" in type(module).__name__.lower()
+                for path, module in model.named_modules()
+                if path.rpartition(".")[2] in {"attn", "attention", "token_mixer"}
                 or "attention" in type(module).__name__.lower()
             }
         )
@@ -175,10 +175,13 @@ class TimmViT(Host):
         """Resample the position embedding unless the model does so by itself."""
         native = _input_size(model)[1:]
         embed = getattr(model, "patch_embed", None)
-        if embed is None or not hasattr(embed, "patch_size"):
-            return image_size
-        actual = fit_to_patches(image_size, tuple(embed.patch_size))
+        patch = getattr(embed, "patch_size", (1, 1))
+        actual = fit_to_patches(image_size, tuple(patch))
         if actual == native or getattr(model, "dynamic_img_size", False):
+            return actual
+        # A model without positions of its own is convolutional and takes any size.
+        positions = any(name.startswith("pos_embed") for name, _ in _own(model))
+        if not positions:
             return actual
         if not hasattr(model, "set_input_size"):
             raise ImageSizeError(
@@ -296,6 +299,10 @@ def _output_path(model: nn.Module, block_path: str) -> str | None:
         if feed_forward and isinstance(module.fc2, nn.Linear | CompactLinear):
             return f"{home}.{name}.fc2"
     return None
+
+
+def _own(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(model.named_parameters(recurse=False))
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
