@@ -89,7 +89,9 @@ def test_a_pair_mask_is_honoured_or_refused(spec: AttentionSpec) -> None:
     if core.accepts_pair_mask:
         assert_close(core(q, k, v, causal, grid), core.reference(q, k, v, causal, grid))
         return
-    with pytest.raises(MaskRefused, match=r"\[1, 1, 63, 63\].*\[B, N\] = \[2, 63\]"):
+    with pytest.raises(
+        MaskRefused, match=r"\[1, 1, 63, 63\].*\[B, 1, 1, N\] = \[2, 1, 1, 63\]"
+    ):
         core(q, k, v, causal, grid)
 
 

@@ -235,3 +235,11 @@ def _get(model: nn.Module, path: str) -> nn.Module | None:
         return model.get_submodule(path)
     except AttributeError:
         return None
+
+
+def test_a_mask_of_two_dimensions_is_one_of_pairs_as_in_torch() -> None:
+    model, x = tiny_vit(), torch.randn(5, 5, 48)
+    same = mh.convert(model, mh.Recipe(mh.Swap(attention=mh.Softmax())))
+    pairs = torch.ones(5, 5, dtype=torch.bool).tril()
+    ours, theirs = (m.blocks[0].attn(x, attn_mask=pairs) for m in (same, model))
+    assert_close(ours, theirs)

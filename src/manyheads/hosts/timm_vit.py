@@ -71,14 +71,16 @@ class TimmAttention(nn.Module):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Float[Tensor, "B N Cout"]:
-        """Project, mix, project; `attn_mask` keeps True keys, as in torch.
+        """Project, mix, project; `attn_mask` broadcasts to [B, H, N, N], as in torch.
 
         Raises:
             MaskRefused: The mechanism cannot honour the mask, or `is_causal` is set.
         """
         B, N, _ = x.shape
         mask = _causal_mask(x) if is_causal else attn_mask
-        if mask is not None and mask.dtype is not torch.bool:
+        if mask is not None:
+            # Torch reads two dimensions as [N, N]; a mechanism would as [B, N].
+            mask = mask[None, None] if mask.ndim == 2 else mask
             self._refuse_additive(mask)
         query_dim = self.query_heads * self.head_dim
         parts = self.qkv(x).split([query_dim, query_dim, self.attn_dim], dim=-1)
@@ -92,13 +94,13 @@ class TimmAttention(nn.Module):
         return projected
 
     def _refuse_additive(self, mask: Tensor) -> None:
-        if self.core.accepts_pair_mask:
+        if mask.dtype is torch.bool or self.core.accepts_pair_mask:
             return
         raise MaskRefused(
             asked=f"attention was called with an additive mask {list(mask.shape)}",
             found=f"{type(self.core.spec).__name__} can only leave keys out",
             why="a bias on token pairs has no meaning where no pair meets",
-            fix="Pass a boolean mask [B, N] with True for real tokens, or keep "
+            fix="Pass a boolean mask [B, 1, 1, N], True for real tokens, or keep "
             "Softmax() in the blocks that need this mask.",
         )
 
