@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from manyheads.conversion import convert as convert
     from manyheads.conversion import preview as preview
     from manyheads.costs import cost as cost
+    from manyheads.exporting import export as export
     from manyheads.ffn import Compact as Compact
     from manyheads.recipe import Recipe as Recipe
     from manyheads.recipe import Swap as Swap
@@ -31,6 +32,7 @@ _HOME = {
     "Swap": "recipe",
     "convert": "conversion",
     "cost": "costs",
+    "export": "exporting",
     "load": "checkpoint",
     "preview": "conversion",
     "save": "checkpoint",

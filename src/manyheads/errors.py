@@ -23,6 +23,7 @@ __all__ = [
     "MaskRefused",
     "MissingExtra",
     "NonFiniteLoss",
+    "NotExportable",
     "NotHealable",
     "NothingToConvert",
     "SwapRefused",
@@ -121,6 +122,10 @@ class NotHealable(ManyheadsError, ValueError):
 
 class NonFiniteLoss(ManyheadsError, ArithmeticError):
     """A loss became infinite or NaN; names the step and the block."""
+
+
+class NotExportable(ManyheadsError, ValueError):
+    """A model cannot be exported, or what was written differs from it."""
 
 
 class CheckpointError(ManyheadsError, ValueError):

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from manyheads.attention import AttentionSpec, Mechanism
+from manyheads.errors import ManyheadsError
 from manyheads.ffn import FeedForwardSpec
 from manyheads.geometry import Geometry, Grid
 
@@ -112,6 +113,24 @@ class Host(ABC):
             ImageSizeError: No token grid of this model fits the size.
         """
 
+    def feed(self, model: nn.Module, images: Tensor) -> Any:
+        """Run the part of the model that looks at images: all of it, as a rule."""
+        return model(images)
+
+    def output(self, result: Any) -> Tensor:
+        """Pick from what the model returned the tensor by which it is judged.
+
+        Raises:
+            ManyheadsError: There is none; healing and comparing need one.
+        """
+        if isinstance(result, Tensor):
+            return result
+        raise ManyheadsError(
+            asked="comparing what two models return",
+            found=f"this one returns a {type(result).__name__}, not a tensor",
+            fix="Use a model that returns one tensor for an image.",
+        )
+
     @abstractmethod
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """Say as JSON values how to build the model again, weights left out.
@@ -127,6 +146,19 @@ class Host(ABC):
         Raises:
             CheckpointError: It names a model or an argument this host does not allow.
         """
+
+    def free_size(self, model: nn.Module) -> Grid | None:
+        """Make the model accept any size of whole cells, in place, where it can.
+
+        Returns:
+            Height and width in pixels of which sizes must be multiples; None where the
+            library's forward pass is tied to one size, and then nothing has changed.
+        """
+        return None
+
+    def labels(self, model: nn.Module) -> tuple[str, ...]:
+        """Name the classes in the order of the output; empty for an embedding."""
+        return ()
 
 
 class TokenGrid:
