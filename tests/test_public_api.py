@@ -11,7 +11,7 @@ import manyheads as mh
 # fmt: off
 NAMES = [
     "Compact", "Hydra", "Recipe", "Softmax", "Swap",
-    "convert", "cost", "export", "load", "preview", "save",
+    "attention_maps", "convert", "cost", "export", "load", "preview", "save",
 ]
 # fmt: on
 

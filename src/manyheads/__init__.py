@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from manyheads.costs import cost as cost
     from manyheads.exporting import export as export
     from manyheads.ffn import Compact as Compact
+    from manyheads.maps import attention_maps as attention_maps
     from manyheads.recipe import Recipe as Recipe
     from manyheads.recipe import Swap as Swap
 
@@ -30,6 +31,7 @@ _HOME = {
     "Recipe": "recipe",
     "Softmax": "attention",
     "Swap": "recipe",
+    "attention_maps": "maps",
     "convert": "conversion",
     "cost": "costs",
     "export": "exporting",

@@ -20,6 +20,7 @@ __all__ = [
     "InvalidOption",
     "InvalidRecipe",
     "ManyheadsError",
+    "MapsTooLarge",
     "MaskRefused",
     "MissingExtra",
     "NonFiniteLoss",
@@ -106,6 +107,10 @@ class ImageSizeError(ManyheadsError, ValueError):
 
 class MaskRefused(ManyheadsError, ValueError):
     """A mask reached a mechanism that cannot honour it exactly."""
+
+
+class MapsTooLarge(ManyheadsError, ValueError):
+    """More attention maps were asked for than should be held in memory."""
 
 
 class UnknownHost(ManyheadsError, TypeError):
