@@ -97,6 +97,7 @@ def draw(
         handle, name = tempfile.mkstemp(prefix=".draw-", dir=target.parent)
         os.close(handle)
         figure.savefig(name, dpi=110, format="png")
+        Path(name).chmod(0o644)
         Path(name).replace(target)
     except OSError as error:
         raise DataError(
