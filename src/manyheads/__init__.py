@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from manyheads.conversion import preview as preview
     from manyheads.costs import cost as cost
     from manyheads.ffn import Compact as Compact
+    from manyheads.healing import heal as heal
     from manyheads.recipe import Recipe as Recipe
     from manyheads.recipe import Swap as Swap
+    from manyheads.training import evaluate as evaluate
+    from manyheads.training import train as train
 
 __version__ = "0.1.0"
 
@@ -31,9 +34,12 @@ _HOME = {
     "Swap": "recipe",
     "convert": "conversion",
     "cost": "costs",
+    "evaluate": "training",
+    "heal": "healing",
     "load": "checkpoint",
     "preview": "conversion",
     "save": "checkpoint",
+    "train": "training",
 }
 
 __all__ = sorted(_HOME)
