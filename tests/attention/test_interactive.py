@@ -255,12 +255,14 @@ def test_the_recipe_comes_back_from_json_with_its_pair() -> None:
     assert repr(mh.Interactive(landmarks=(3, 5))) == "Interactive(landmarks=(3, 5))"
 
 
+@pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize("sides", [7, (7,), (7, 0), (7, 7.0), (True, 7), "77", [7, 7]])
 def test_landmarks_that_are_no_pair_are_refused(sides: object) -> None:
     with pytest.raises(InvalidOption, match=r"pair of positive.*landmarks=\(7, 7\)"):
         mh.Interactive(landmarks=sides)
 
 
+@pytest.mark.usefixtures("untyped")
 def test_an_unknown_mix_names_the_nearest() -> None:
     with pytest.raises(InvalidOption, match=r"mix='aftr'.*Did you mean 'after'"):
         mh.Interactive(mix="aftr")
@@ -553,7 +555,7 @@ def test_an_exported_program_is_right_at_every_size(mix: str) -> None:
     assert "done 5" in _run(_EXPORT + _TORCH_EXPORT, mix)
 
 
-@pytest.mark.parametrize("mix", ["both", "none"])
+@pytest.mark.parametrize("mix", ["both", pytest.param("none", marks=pytest.mark.slow)])
 def test_an_onnx_file_is_right_at_every_size(mix: str, tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
@@ -571,6 +573,7 @@ print("done", len(sizes), "graphs", counters["stats"]["unique_graphs"])
 """
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_one_graph_and_right_at_every_size() -> None:
     assert "done 5 graphs" in _run(_EXPORT + _COMPILE, "after")
 

@@ -147,6 +147,9 @@ class InteractiveAttention(Mechanism):
         mix_queries: Mixes the heads of the tokens-by-landmarks map, [H, H], row = new
             head; for "both" [2, H, H], before and after; None without a mix.
         mix_keys: The same for the landmarks-by-tokens map.
+        any_grid: Whether a grid with fewer rows or columns than landmarks is served
+            too, by cells that overlap. Off in converted models, whose images have a
+            native size; on in backbones that take any size.
     """
 
     needs_grid = True
@@ -156,6 +159,7 @@ class InteractiveAttention(Mechanism):
 
     def __init__(self, spec: Interactive, geometry: Geometry) -> None:
         super().__init__(spec, geometry)
+        self.any_grid = False
         self.register_parameter("mix_queries", _identity(spec.mix, geometry.num_heads))
         self.register_parameter("mix_keys", _identity(spec.mix, geometry.num_heads))
 
@@ -227,7 +231,8 @@ class InteractiveAttention(Mechanism):
                 "be there",
                 fix="Switch off patch dropout and token merging, or use Hydra().",
             )
-        _require_fit(self.spec.landmarks, grid)
+        if not self.any_grid:
+            _require_fit(self.spec.landmarks, grid)
         return grid
 
 
