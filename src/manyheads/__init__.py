@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from manyheads.attention import Hydra as Hydra
+    from manyheads.attention import Interactive as Interactive
     from manyheads.attention import Softmax as Softmax
     from manyheads.checkpoint import load as load
     from manyheads.checkpoint import save as save
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Compact": "ffn",
     "Hydra": "attention",
+    "Interactive": "attention",
     "Recipe": "recipe",
     "Softmax": "attention",
     "Swap": "recipe",

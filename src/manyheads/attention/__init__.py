@@ -2,6 +2,7 @@
 
 from manyheads.attention.base import AttentionSpec, CoreCost, Mechanism
 from manyheads.attention.hydra import Hydra
+from manyheads.attention.interactive import Interactive
 from manyheads.attention.softmax import Softmax
 
 __all__ = [
@@ -9,8 +10,9 @@ __all__ = [
     "AttentionSpec",
     "CoreCost",
     "Hydra",
+    "Interactive",
     "Mechanism",
     "Softmax",
 ]
 
-MECHANISMS: tuple[type[AttentionSpec], ...] = (Softmax, Hydra)
+MECHANISMS: tuple[type[AttentionSpec], ...] = (Softmax, Hydra, Interactive)
