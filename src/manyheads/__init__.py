@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from manyheads.attention import Hallucinated as Hallucinated
     from manyheads.attention import Hydra as Hydra
     from manyheads.attention import Softmax as Softmax
     from manyheads.checkpoint import load as load
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Compact": "ffn",
+    "Hallucinated": "attention",
     "Hydra": "attention",
     "Recipe": "recipe",
     "Softmax": "attention",

@@ -1,6 +1,7 @@
 """The attention mechanisms, one file each; `MECHANISMS` lists their specs."""
 
 from manyheads.attention.base import AttentionSpec, CoreCost, Mechanism
+from manyheads.attention.hallucinated import Hallucinated
 from manyheads.attention.hydra import Hydra
 from manyheads.attention.softmax import Softmax
 
@@ -8,9 +9,10 @@ __all__ = [
     "MECHANISMS",
     "AttentionSpec",
     "CoreCost",
+    "Hallucinated",
     "Hydra",
     "Mechanism",
     "Softmax",
 ]
 
-MECHANISMS: tuple[type[AttentionSpec], ...] = (Softmax, Hydra)
+MECHANISMS: tuple[type[AttentionSpec], ...] = (Softmax, Hydra, Hallucinated)
