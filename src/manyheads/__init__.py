@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from manyheads.attention import Hallucinated as Hallucinated
     from manyheads.attention import Hydra as Hydra
     from manyheads.attention import Interactive as Interactive
     from manyheads.attention import Softmax as Softmax
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Compact": "ffn",
+    "Hallucinated": "attention",
     "Hydra": "attention",
     "Interactive": "attention",
     "Recipe": "recipe",
