@@ -14,7 +14,6 @@ residual sums, biases, pooling.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from manyheads.errors import CostError
-from manyheads.hosts import Host, Site
+from manyheads.hosts import Host, Site, token_count
 from manyheads.surgery import blank_copy
 
 __all__ = ["BlockCost", "Ledger", "keep_books"]
@@ -129,7 +128,7 @@ def keep_books(
     walk = _Walk(blank, sites)
     with FlopCounterMode(display=False) as counter, walk, torch.no_grad():
         try:
-            blank(image)
+            host.feed(blank, image)
         except Exception as error:
             raise CostError(
                 asked=f"counting {type(model).__name__} at {fed[0]}x{fed[1]}",
@@ -168,9 +167,12 @@ class _Walk:
                 self._hook(module, self._note_norm(work))
             if isinstance(module, nn.Linear):
                 self._hook(module, self._note_linear(name))
+            if isinstance(module, nn.MultiheadAttention):
+                self._hook(module, self._note_packed(name))
         for site in self.sites:
             module = self.model.get_submodule(site.attention_path)
-            self._hook(module, self._note_tokens(site.attention_path))
+            note = self._note_tokens(site.attention_path)
+            self._hook(module, note, with_kwargs=True)
 
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
@@ -202,8 +204,10 @@ class _Walk:
             if name.startswith(inside) and not name.startswith(f"{path}.core.")
         )
 
-    def _hook(self, module: nn.Module, note: Callable[..., None]) -> None:
-        handle = module.register_forward_hook(note, with_kwargs=False)
+    def _hook(
+        self, module: nn.Module, note: Callable[..., None], *, with_kwargs: bool = False
+    ) -> None:
+        handle = module.register_forward_hook(note, with_kwargs=with_kwargs)
         self._hooks.callback(handle.remove)
 
     def _note_norm(self, work: int) -> Callable[..., None]:
@@ -220,9 +224,17 @@ class _Walk:
         return note
 
     def _note_tokens(self, path: str) -> Callable[..., None]:
-        def note(_: nn.Module, args: tuple[Tensor, ...], __: Any) -> None:
-            *images, num_tokens, _dim = args[0].shape
-            self.tokens[path] = (math.prod(images), num_tokens)
+        def note(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any
+        ) -> None:
+            self.tokens[path] = token_count(module, args, kwargs)
+
+        return note
+
+    def _note_packed(self, path: str) -> Callable[..., None]:
+        # torch's own layer holds its matrices itself and calls no linear layer.
+        def note(_: nn.MultiheadAttention, args: tuple[Tensor, ...], __: Any) -> None:
+            self.linear[f"{path}.out_proj"] += args[0].numel() * 4 * args[0].shape[-1]
 
         return note
 

@@ -113,7 +113,7 @@ def current_recipe(sites: Sequence[Site], *, plain: AttentionSpec) -> Recipe | N
     mixers: dict[AttentionSpec, list[int]] = {}
     outputs: dict[FeedForwardSpec, list[int]] = {}
     for site in sites:
-        if site.attention != plain:
+        if site.attention != plain or site.renamed:
             mixers.setdefault(site.attention, []).append(site.index)
         if site.ffn is not None:
             outputs.setdefault(site.ffn, []).append(site.index)

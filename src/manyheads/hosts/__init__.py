@@ -3,8 +3,16 @@
 from torch import nn
 
 from manyheads.errors import UnknownHost
-from manyheads.hosts.base import Host, ImageInput, Site, mechanism_of, replace_module
+from manyheads.hosts.base import (
+    Host,
+    ImageInput,
+    Site,
+    mechanism_of,
+    replace_module,
+    token_count,
+)
 from manyheads.hosts.timm_vit import TimmViT
+from manyheads.hosts.torchvision_vit import TorchvisionViT
 
 __all__ = [
     "HOSTS",
@@ -15,9 +23,10 @@ __all__ = [
     "host_named",
     "mechanism_of",
     "replace_module",
+    "token_count",
 ]
 
-HOSTS: tuple[Host, ...] = (TimmViT(),)
+HOSTS: tuple[Host, ...] = (TimmViT(), TorchvisionViT())
 
 
 def find_host(model: nn.Module) -> tuple[Host, tuple[Site, ...]]:
@@ -48,5 +57,6 @@ def _unknown(model: nn.Module, reason: str) -> UnknownHost:
         found=reason,
         why="a block that is not understood exactly is never touched",
         fix="Supported: every timm model whose attention is timm.layers.Attention "
-        "(ViT, DeiT, DeiT-III, SigLIP, CLIP, DINOv2 and relatives).",
+        "(ViT, DeiT, DeiT-III, SigLIP, CLIP, DINOv2 and relatives); torchvision's "
+        "VisionTransformer.",
     )
