@@ -181,27 +181,29 @@ class _Walk:
         """Turn the notes on one site into its closed-form cost."""
         images, num_tokens = self.tokens[site.attention_path]
         core = site.attention.core_cost(site.geometry, num_tokens)
-        feed_forward = (site.ffn_path or "").rpartition(".")[0]
-        paths = (site.attention_path, *([feed_forward] if feed_forward else []))
+        mixing = site.attention_parts or (site.attention_path,)
+        home = (site.ffn_path or "").rpartition(".")[0]
+        feed_forward = site.ffn_parts or ((home,) if home else ())
+        parts = (*mixing, *feed_forward)
         return BlockCost(
             index=site.index,
             path=site.path,
             attention=repr(site.attention),
             ffn=repr(site.ffn) if site.ffn else "",
             num_tokens=num_tokens,
-            num_parameters=sum(_count(self.model.get_submodule(p)) for p in paths),
-            projections=self._within(site.attention_path),
+            num_parameters=sum(_count(self.model.get_submodule(p)) for p in parts),
+            projections=self._within(mixing, but=f"{site.attention_path}.core."),
             attention_matrices=images * core.attention,
-            feed_forward=self._within(feed_forward) if feed_forward else 0,
+            feed_forward=self._within(feed_forward),
             elementwise=images * core.elementwise,
         )
 
-    def _within(self, path: str) -> int:
-        inside = f"{path}."
+    def _within(self, paths: tuple[str, ...], *, but: str = "none") -> int:
+        inside = tuple(f"{path}." for path in paths)
         return sum(
             work
             for name, work in self.linear.items()
-            if name.startswith(inside) and not name.startswith(f"{path}.core.")
+            if name.startswith(inside) and not name.startswith(but)
         )
 
     def _hook(

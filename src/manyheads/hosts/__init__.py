@@ -11,6 +11,7 @@ from manyheads.hosts.base import (
     replace_module,
     token_count,
 )
+from manyheads.hosts.hf_vit import HuggingFaceViT
 from manyheads.hosts.timm_vit import TimmViT
 from manyheads.hosts.torchvision_vit import TorchvisionViT
 
@@ -26,7 +27,7 @@ __all__ = [
     "token_count",
 ]
 
-HOSTS: tuple[Host, ...] = (TimmViT(), TorchvisionViT())
+HOSTS: tuple[Host, ...] = (TimmViT(), HuggingFaceViT(), TorchvisionViT())
 
 
 def find_host(model: nn.Module) -> tuple[Host, tuple[Site, ...]]:
@@ -57,6 +58,7 @@ def _unknown(model: nn.Module, reason: str) -> UnknownHost:
         found=reason,
         why="a block that is not understood exactly is never touched",
         fix="Supported: every timm model whose attention is timm.layers.Attention "
-        "(ViT, DeiT, DeiT-III, SigLIP, CLIP, DINOv2 and relatives); torchvision's "
-        "VisionTransformer.",
+        "(ViT, DeiT, DeiT-III, SigLIP, CLIP, DINOv2 and relatives); ViT, DeiT, DINOv2, "
+        "DINOv3, SigLIP, SigLIP 2, CLIP vision, I-JEPA and ViT-MAE of transformers; "
+        "torchvision's VisionTransformer.",
     )

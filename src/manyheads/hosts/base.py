@@ -38,6 +38,12 @@ class Site:
         ffn: What the output matrix is now; None for an ordinary one.
         renamed: Whether the attention layer is one of ours whose parameters have other
             names than the library's: then even ordinary attention must be recorded.
+        attention_parts: Modules that hold all of the attention's projections, where
+            that is more than `attention_path`.
+        ffn_parts: Modules that make the feed-forward layer, where that is more than
+            the parent of `ffn_path`.
+        fixed_query_heads: Why queries and keys cannot be projected for fewer heads, in
+            one clause; empty where they can.
     """
 
     index: int
@@ -48,6 +54,9 @@ class Site:
     attention: AttentionSpec
     ffn: FeedForwardSpec | None
     renamed: bool = False
+    attention_parts: tuple[str, ...] = ()
+    ffn_parts: tuple[str, ...] = ()
+    fixed_query_heads: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +159,10 @@ class Host(ABC):
         Raises:
             CheckpointError: It names a model or an argument this host does not allow.
         """
+
+    def extra_files(self, model: nn.Module) -> dict[str, str]:
+        """Give further files of a checkpoint, name to text; none, as a rule."""
+        return {}
 
 
 class TokenGrid:

@@ -179,6 +179,7 @@ def _site(model: Any, index: int, path: str, block: Any) -> Site:
         attention=core.spec if core else Softmax(),
         ffn=output.spec if isinstance(output, CompactLinear) else None,
         renamed=core is not None,
+        fixed_query_heads="torchvision's packed projection is taken whole",
     )
 
 
