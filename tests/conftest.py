@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 
+import jaxtyping
 import pytest
 import torch
 
@@ -28,3 +30,14 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture
+def untyped() -> Iterator[None]:
+    """Let values of a wrong type through to the package's own checks.
+
+    Under test every call is type-checked by jaxtyping; users do not have that.
+    """
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

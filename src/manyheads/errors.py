@@ -7,11 +7,9 @@ no raise site can forget one and tests can look at the facts instead of the pros
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Self
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from typing import Any, TypeVar
 
 __all__ = [
     "CheckpointError",
@@ -33,6 +31,8 @@ __all__ = [
     "nearest",
 ]
 
+_Error = TypeVar("_Error", bound="ManyheadsError")
+
 
 class ManyheadsError(Exception):
     """Root of all errors of this package; catch it to catch them all.
@@ -51,9 +51,7 @@ class ManyheadsError(Exception):
         self.asked, self.found, self.fix = asked, found, fix
         self.where, self.why = where, why
         place = f" (at {where})" if where else ""
-        reason = f" {why.rstrip('.').capitalize()[:1]}{why.rstrip('.')[1:]}." * bool(
-            why
-        )
+        reason = f" {why[0].upper()}{why[1:]}." if why else ""
         super().__init__(f"{asked}, but {found}{place}.{reason} {fix}")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -62,7 +60,7 @@ class ManyheadsError(Exception):
         return (_rebuild, (type(self), parts))
 
     @classmethod
-    def many(cls, problems: Iterable[Self]) -> Self:
+    def many(cls: type[_Error], problems: Iterable[_Error]) -> _Error:
         """Join problems of one kind into one error, so that none waits for a rerun."""
         listed = list(problems)
         if len(listed) == 1:

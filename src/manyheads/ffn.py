@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -113,7 +112,9 @@ class CompactLinear(nn.Module):
         self.outer = nn.Linear(rank, out_features, bias=bias, **place)
 
     @classmethod
-    def from_linear(cls, spec: FeedForwardSpec, linear: nn.Linear, rank: int) -> Self:
+    def from_linear(
+        cls, spec: FeedForwardSpec, linear: nn.Linear, rank: int
+    ) -> CompactLinear:
         """Start from the best approximation of that rank of a trained matrix."""
         weight = linear.weight
         made = cls(

@@ -168,8 +168,8 @@ def key_mask_of(
             asked=f"{name} was called with a {mask.dtype} mask of shape {list(shape)}",
             found="it sums over tokens once: a key counts for all queries or for none",
             why="a mask that differs between queries would be silently ignored",
-            fix=f"Pass a boolean mask [B, N] = [{batch}, {num_tokens}] with True for "
-            "real tokens, or keep Softmax() in the blocks that need this mask.",
+            fix=f"Pass a boolean mask [B, 1, 1, N] = [{batch}, 1, 1, {num_tokens}] "
+            "that is True for real tokens, or keep Softmax() in these blocks.",
         )
     return mask.reshape(-1, num_tokens).expand(batch, num_tokens)
 

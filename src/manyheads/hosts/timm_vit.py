@@ -71,14 +71,16 @@ class TimmAttention(nn.Module):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Float[Tensor, "B N Cout"]:
-        """Project, mix, project; `attn_mask` keeps True keys, as in torch.
+        """Project, mix, project; `attn_mask` broadcasts to [B, H, N, N], as in torch.
 
         Raises:
             MaskRefused: The mechanism cannot honour the mask, or `is_causal` is set.
         """
         B, N, _ = x.shape
         mask = _causal_mask(x) if is_causal else attn_mask
-        if mask is not None and mask.dtype is not torch.bool:
+        if mask is not None:
+            # Torch reads two dimensions as [N, N]; a mechanism would as [B, N].
+            mask = mask[None, None] if mask.ndim == 2 else mask
             self._refuse_additive(mask)
         query_dim = self.query_heads * self.head_dim
         parts = self.qkv(x).split([query_dim, query_dim, self.attn_dim], dim=-1)
@@ -92,13 +94,13 @@ class TimmAttention(nn.Module):
         return projected
 
     def _refuse_additive(self, mask: Tensor) -> None:
-        if self.core.accepts_pair_mask:
+        if mask.dtype is torch.bool or self.core.accepts_pair_mask:
             return
         raise MaskRefused(
             asked=f"attention was called with an additive mask {list(mask.shape)}",
             found=f"{type(self.core.spec).__name__} can only leave keys out",
             why="a bias on token pairs has no meaning where no pair meets",
-            fix="Pass a boolean mask [B, N] with True for real tokens, or keep "
+            fix="Pass a boolean mask [B, 1, 1, N], True for real tokens, or keep "
             "Softmax() in the blocks that need this mask.",
         )
 
@@ -129,8 +131,8 @@ class TimmViT(Host):
         others = sorted(
             {
                 type(module).__name__
-                for module in model.modules()
-                if "attn" in type(module).__name__.lower()
+                for path, module in model.named_modules()
+                if path.rpartition(".")[2] in {"attn", "attention", "token_mixer"}
                 or "attention" in type(module).__name__.lower()
             }
         )
@@ -175,10 +177,13 @@ class TimmViT(Host):
         """Resample the position embedding unless the model does so by itself."""
         native = _input_size(model)[1:]
         embed = getattr(model, "patch_embed", None)
-        if embed is None or not hasattr(embed, "patch_size"):
-            return image_size
-        actual = fit_to_patches(image_size, tuple(embed.patch_size))
+        patch = getattr(embed, "patch_size", (1, 1))
+        actual = fit_to_patches(image_size, tuple(patch))
         if actual == native or getattr(model, "dynamic_img_size", False):
+            return actual
+        # A model without positions of its own is convolutional and takes any size.
+        positions = any(name.startswith("pos_embed") for name, _ in _own(model))
+        if not positions:
             return actual
         if not hasattr(model, "set_input_size"):
             raise ImageSizeError(
@@ -296,6 +301,10 @@ def _output_path(model: nn.Module, block_path: str) -> str | None:
         if feed_forward and isinstance(module.fc2, nn.Linear | CompactLinear):
             return f"{home}.{name}.fc2"
     return None
+
+
+def _own(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(model.named_parameters(recurse=False))
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:

@@ -31,7 +31,11 @@ def use_operator() -> bool:
     return not torch.compiler.is_exporting()
 
 
-@torch.library.custom_op("manyheads::hydra", mutates_args=())
+@torch.library.custom_op(
+    "manyheads::hydra",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? key_mask) -> Tensor",
+)
 def hydra(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
     """Let every token read one summary of the image, gated feature by feature.
 
@@ -61,7 +65,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-@torch.library.custom_op("manyheads::hydra_backward", mutates_args=())
+@torch.library.custom_op(
+    "manyheads::hydra_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? key_mask)"
+    " -> (Tensor, Tensor, Tensor)",
+)
 def hydra_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
