@@ -121,7 +121,7 @@ def keep_books(
         CostError: The model cannot run on the meta device at this size.
     """
     wanted = host.image_input(model)
-    blank = blank_copy(model).eval()
+    blank = blank_copy(model).eval().requires_grad_(False)
     size = image_size or wanted.size
     fed = host.resize(blank, size)
     image = torch.empty(1, wanted.channels, *fed, device="meta", dtype=_dtype(blank))
@@ -192,16 +192,21 @@ class _Walk:
             ffn=repr(site.ffn) if site.ffn else "",
             num_tokens=num_tokens,
             num_parameters=sum(_count(self.model.get_submodule(p)) for p in parts),
-            projections=self._within(mixing, but=f"{site.attention_path}.core."),
+            projections=self._within(
+                mixing, but=f"{site.attention_path}.core.", rows=images * num_tokens
+            ),
             attention_matrices=images * core.attention,
             feed_forward=self._within(feed_forward),
             elementwise=images * core.elementwise,
         )
 
-    def _within(self, paths: tuple[str, ...], *, but: str = "none") -> int:
+    def _within(
+        self, paths: tuple[str, ...], *, but: str = "none", rows: int = 0
+    ) -> int:
+        """Add up the linear layers; one whose matrix is used uncalled sees `rows`."""
         inside = tuple(f"{path}." for path in paths)
         return sum(
-            work
+            work or rows * _matrix(self.model.get_submodule(name))
             for name, work in self.linear.items()
             if name.startswith(inside) and not name.startswith(but)
         )
@@ -247,6 +252,10 @@ def _work_per_element(module: nn.Module) -> int:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return 2
     return 4 if "rmsnorm" in type(module).__name__.lower() else 0
+
+
+def _matrix(module: Any) -> int:
+    return int(module.weight.numel())
 
 
 def _count(module: nn.Module) -> int:

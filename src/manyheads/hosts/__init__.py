@@ -12,6 +12,7 @@ from manyheads.hosts.base import (
     token_count,
 )
 from manyheads.hosts.hf_vit import HuggingFaceViT
+from manyheads.hosts.timm_rope import TimmRope
 from manyheads.hosts.timm_vit import TimmViT
 from manyheads.hosts.torchvision_vit import TorchvisionViT
 
@@ -27,7 +28,7 @@ __all__ = [
     "token_count",
 ]
 
-HOSTS: tuple[Host, ...] = (TimmViT(), HuggingFaceViT(), TorchvisionViT())
+HOSTS: tuple[Host, ...] = (TimmRope(), TimmViT(), HuggingFaceViT(), TorchvisionViT())
 
 
 def find_host(model: nn.Module) -> tuple[Host, tuple[Site, ...]]:
@@ -57,7 +58,8 @@ def _unknown(model: nn.Module, reason: str) -> UnknownHost:
         asked=f"a model of class {kind.__module__}.{kind.__qualname__}",
         found=reason,
         why="a block that is not understood exactly is never touched",
-        fix="Supported: every timm model whose attention is timm.layers.Attention "
+        fix="Supported: every timm model whose attention is timm.layers.Attention, "
+        "AttentionRope or EvaAttention "
         "(ViT, DeiT, DeiT-III, SigLIP, CLIP, DINOv2 and relatives); ViT, DeiT, DINOv2, "
         "DINOv3, SigLIP, SigLIP 2, CLIP vision, I-JEPA and ViT-MAE of transformers; "
         "torchvision's VisionTransformer.",
