@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from manyheads.errors import CostError
-from manyheads.hosts import Host, Site
+from manyheads.geometry import Geometry, Grid
+from manyheads.hosts import Host, Site, mechanism_of
 from manyheads.surgery import blank_copy
 
 __all__ = ["BlockCost", "Ledger", "keep_books"]
@@ -159,6 +160,7 @@ class _Walk:
             (name for name, m in model.named_modules() if isinstance(m, nn.Linear)), 0
         )
         self.tokens: dict[str, tuple[int, int]] = {}
+        self.grids: dict[str, Grid] = {}
         self._hooks = ExitStack()
 
     def __enter__(self) -> None:
@@ -171,6 +173,9 @@ class _Walk:
         for site in self.sites:
             module = self.model.get_submodule(site.attention_path)
             self._hook(module, self._note_tokens(site.attention_path))
+            core = mechanism_of(module)
+            if core is not None and core.needs_grid:
+                self._hook(core, self._note_grid(site.attention_path))
 
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
@@ -178,7 +183,7 @@ class _Walk:
     def book(self, site: Site) -> BlockCost:
         """Turn the notes on one site into its closed-form cost."""
         images, num_tokens = self.tokens[site.attention_path]
-        core = site.attention.core_cost(site.geometry, num_tokens)
+        core = site.attention.core_cost(self._geometry(site), num_tokens)
         feed_forward = (site.ffn_path or "").rpartition(".")[0]
         paths = (site.attention_path, *([feed_forward] if feed_forward else []))
         return BlockCost(
@@ -193,6 +198,11 @@ class _Walk:
             feed_forward=self._within(feed_forward) if feed_forward else 0,
             elementwise=images * core.elementwise,
         )
+
+    def _geometry(self, site: Site) -> Geometry:
+        """Give the layer's sizes with the token grid of this walk, where it was met."""
+        grid = self.grids.get(site.attention_path, site.geometry.grid)
+        return replace(site.geometry, grid=grid)
 
     def _within(self, path: str) -> int:
         inside = f"{path}."
@@ -223,6 +233,13 @@ class _Walk:
         def note(_: nn.Module, args: tuple[Tensor, ...], __: Any) -> None:
             *images, num_tokens, _dim = args[0].shape
             self.tokens[path] = (math.prod(images), num_tokens)
+
+        return note
+
+    def _note_grid(self, path: str) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
+            *_qkv_and_mask, grid = args
+            self.grids[path] = grid
 
         return note
 
