@@ -8,6 +8,7 @@ random weights, is counted and timed at 224 and at 1080p, where it pays.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -258,7 +259,7 @@ def _digit_rows(
         )
         for row, (before, swapped, healed) in zip(timed.rows, found, strict=True)
     )
-    return rows, timed.to_json().get("conditions", {})
+    return rows, timed.conditions
 
 
 def _large_rows(effort: Effort) -> tuple[LargeRow, ...]:
@@ -277,7 +278,7 @@ def _large_rows(effort: Effort) -> tuple[LargeRow, ...]:
                     parameters=row.parameters,
                     flops=cost(model, image_size=size).flops,
                     latency_ms=row.latency_ms,
-                    latency_quartiles_ms=tuple(row.latency_quartiles_ms),
+                    latency_quartiles_ms=row.latency_quartiles_ms,
                     peak_mib=row.peak_mib,
                 )
             )
@@ -364,7 +365,7 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def _aligned(cells: list[tuple[str, ...]]) -> list[str]:
+def _aligned(cells: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip()

@@ -17,4 +17,9 @@ __all__ = [
     "Softmax",
 ]
 
-MECHANISMS: tuple[type[AttentionSpec], ...] = (Softmax, Hydra, Interactive, Hallucinated)
+MECHANISMS: tuple[type[AttentionSpec], ...] = (
+    Softmax,
+    Hydra,
+    Interactive,
+    Hallucinated,
+)
