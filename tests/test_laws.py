@@ -15,9 +15,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import manyheads as mh
-from manyheads.attention import MECHANISMS, AttentionSpec, Hydra, Mechanism, Softmax
+from manyheads.attention import (
+    MECHANISMS,
+    AttentionSpec,
+    Hydra,
+    Interactive,
+    Mechanism,
+    Softmax,
+)
 from manyheads.attention.base import apply_maps
-from manyheads.errors import MaskRefused, SwapRefused
+from manyheads.errors import GeometryMismatch, MaskRefused, SwapRefused
 from manyheads.geometry import Geometry
 from manyheads.hosts import find_host
 from manyheads.ledger import keep_books
@@ -30,6 +37,10 @@ VARIANTS: tuple[AttentionSpec, ...] = (
     Hydra(kernel="mean"),
     Hydra(kernel="aft"),
     Hydra(reference_tokens=64),
+    Interactive(landmarks=(1, 1)),
+    Interactive(landmarks=(2, 2), mix="before"),
+    Interactive(landmarks=(4, 2), mix="both"),
+    Interactive(landmarks=(3, 2), mix="none"),
 )
 # Prefix tokens and grid; the number of tokens N is their sum.
 TOKENS = {1: (0, (1, 1)), 2: (1, (1, 1)), 63: (0, (7, 9)), 197: (1, (14, 14))}
@@ -199,7 +210,11 @@ def _case(
         grid=grid,
         scale=6**-0.5,
     )
-    if (reason := spec.problem(geometry)) is not None:
+    try:
+        reason = spec.problem(geometry)
+    except GeometryMismatch as error:
+        reason = str(error)
+    if reason is not None:
         pytest.skip(reason)
     core = spec.build(geometry).to(dtype)
     for parameter in core.parameters():
