@@ -4,6 +4,7 @@ from torch import nn
 
 from manyheads.errors import UnknownHost
 from manyheads.hosts.base import Host, ImageInput, Site, mechanism_of, replace_module
+from manyheads.hosts.own import OwnBackbone
 from manyheads.hosts.timm_vit import TimmViT
 
 __all__ = [
@@ -17,7 +18,7 @@ __all__ = [
     "replace_module",
 ]
 
-HOSTS: tuple[Host, ...] = (TimmViT(),)
+HOSTS: tuple[Host, ...] = (TimmViT(), OwnBackbone())
 
 
 def find_host(model: nn.Module) -> tuple[Host, tuple[Site, ...]]:

@@ -34,6 +34,8 @@ class Site:
         geometry: Sizes of the attention layer.
         attention: What mixes tokens there now.
         ffn: What the output matrix is now; None for an ordinary one.
+        renamed: Whether the attention layer is one of ours whose parameters have other
+            names than the library's: then even ordinary attention must be recorded.
     """
 
     index: int
@@ -43,6 +45,7 @@ class Site:
     geometry: Geometry
     attention: AttentionSpec
     ffn: FeedForwardSpec | None
+    renamed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
