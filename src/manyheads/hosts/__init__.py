@@ -12,6 +12,7 @@ from manyheads.hosts.base import (
     token_count,
 )
 from manyheads.hosts.hf_vit import HuggingFaceViT
+from manyheads.hosts.own import OwnBackbone
 from manyheads.hosts.timm_rope import TimmRope
 from manyheads.hosts.timm_vit import TimmViT
 from manyheads.hosts.torchvision_vit import TorchvisionViT
@@ -28,7 +29,13 @@ __all__ = [
     "token_count",
 ]
 
-HOSTS: tuple[Host, ...] = (TimmRope(), TimmViT(), HuggingFaceViT(), TorchvisionViT())
+HOSTS: tuple[Host, ...] = (
+    TimmRope(),
+    TimmViT(),
+    HuggingFaceViT(),
+    TorchvisionViT(),
+    OwnBackbone(),
+)
 
 
 def find_host(model: nn.Module) -> tuple[Host, tuple[Site, ...]]:
