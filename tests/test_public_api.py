@@ -11,7 +11,7 @@ import manyheads as mh
 # fmt: off
 NAMES = [
     "Compact", "Hydra", "Recipe", "Softmax", "Swap",
-    "convert", "cost", "load", "preview", "save",
+    "convert", "cost", "evaluate", "heal", "load", "preview", "save", "train",
 ]
 # fmt: on
 
