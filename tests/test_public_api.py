@@ -11,7 +11,7 @@ import manyheads as mh
 # fmt: off
 NAMES = [
     "Compact", "Hallucinated", "Hydra", "Recipe", "Softmax", "Swap",
-    "convert", "cost", "load", "preview", "save",
+    "bench", "convert", "cost", "load", "preview", "save",
 ]
 # fmt: on
 

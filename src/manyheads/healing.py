@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from manyheads.data import Images, ImageSource, image_source
+from manyheads.errors import InvalidOption
 from manyheads.loop import Run
 from manyheads.pairing import Pair
 from manyheads.stages import RunOptions, Stage, StageRecord, require_positive
@@ -258,6 +259,12 @@ def _result(run: Run, source: ImageSource, options: RunOptions) -> Healed:
 
 
 def _require_sound(config: dict[str, Any]) -> None:
+    if config["block_epochs"] == config["logit_epochs"] == 0:
+        raise InvalidOption(
+            asked="block_epochs=0, logit_epochs=0",
+            found="then there is nothing to do",
+            fix="Leave one of them out for the default.",
+        )
     for name in ("block_learning_rate", "learning_rate", "temperature"):
         require_positive(name, config[name])
     for name in (

@@ -113,7 +113,7 @@ def current_recipe(sites: Sequence[Site], *, plain: AttentionSpec) -> Recipe | N
     mixers: dict[AttentionSpec, list[int]] = {}
     outputs: dict[FeedForwardSpec, list[int]] = {}
     for site in sites:
-        if site.attention != plain:
+        if site.attention != plain or site.renamed:
             mixers.setdefault(site.attention, []).append(site.index)
         if site.ffn is not None:
             outputs.setdefault(site.ffn, []).append(site.index)
@@ -191,6 +191,8 @@ def _attention_problem(site: Site, spec: AttentionSpec) -> str | None:
             f"{site.geometry.num_heads} heads and {spec} needs {needs}; convert the "
             "original model instead"
         )
+    if needs < has and site.fixed_query_heads:
+        return f"{spec} projects queries of {needs} heads and {site.fixed_query_heads}"
     return spec.problem(site.geometry)
 
 
