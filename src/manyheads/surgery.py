@@ -202,6 +202,8 @@ def _attention_problem(site: Site, spec: AttentionSpec) -> str | None:
             f"{site.geometry.num_heads} heads and {spec} needs {needs}; convert the "
             "original model instead"
         )
+    if needs < has and site.fixed_query_heads:
+        return f"{spec} projects queries of {needs} heads and {site.fixed_query_heads}"
     return spec.problem(site.geometry)
 
 
