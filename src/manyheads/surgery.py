@@ -15,7 +15,7 @@ from torch import nn
 
 from manyheads.attention import AttentionSpec
 from manyheads.errors import InvalidRecipe, NothingToConvert, SwapRefused
-from manyheads.ffn import FeedForwardSpec
+from manyheads.ffn import FeedForwardSpec, Pointwise
 from manyheads.hosts import Host, Site, replace_module
 from manyheads.recipe import Recipe, Swap
 from manyheads.specs import Spec
@@ -100,7 +100,7 @@ def apply_swaps(model: nn.Module, host: Host, operations: Sequence[Operation]) -
             new = host.swap_attention(model, site, operation.attention)
             replace_module(model, site.attention_path, new)
         if operation.ffn is not None and site.ffn_path is not None:
-            output = cast("nn.Linear", model.get_submodule(site.ffn_path))
+            output = cast("Pointwise", model.get_submodule(site.ffn_path))
             replace_module(model, site.ffn_path, operation.ffn.build(output))
     host.track_grid(model)
 
@@ -198,7 +198,7 @@ def _ffn_problem(model: nn.Module, site: Site, spec: FeedForwardSpec) -> str | N
     output = model.get_submodule(site.ffn_path or "")
     if site.ffn == spec:
         return f"it already is {spec}"
-    if not isinstance(output, nn.Linear):
+    if not isinstance(output, Pointwise):
         return f"it already is {site.ffn}; convert the original model instead"
     return spec.problem(output)
 
