@@ -353,7 +353,8 @@ def _basis(
         # no preferred direction.
         spread = seen + _RIDGE * seen.trace() / spread.trace() * spread
     _, vectors = torch.linalg.eigh(spread)
-    return vectors[:, -rank:].flip(1)
+    kept: Tensor = vectors[:, -rank:].flip(1)
+    return kept
 
 
 def _pointwise(
@@ -367,7 +368,7 @@ def _pointwise(
 ) -> Pointwise:
     """Make an empty layer: its start is known, no random number is drawn for it."""
     kind = partial(nn.Conv2d, kernel_size=1) if convolution else nn.Linear
-    made = kind(inputs, outputs, bias=bias, device="meta", dtype=dtype)
+    made: Pointwise = kind(inputs, outputs, bias=bias, device="meta", dtype=dtype)
     empty: Pointwise = made.to_empty(device=device or torch.get_default_device())
     return empty
 
@@ -382,4 +383,5 @@ def _bias_of(layer: Pointwise) -> Tensor:
 
 
 def _shaped(matrix: Tensor, layer: CompactLinear) -> Tensor:
-    return matrix.reshape(*matrix.shape, *((1, 1) if layer.convolution else ()))
+    shaped: Tensor = matrix[:, :, None, None] if layer.convolution else matrix
+    return shaped
