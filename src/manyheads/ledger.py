@@ -17,14 +17,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from manyheads.attention import CoreCost
 from manyheads.errors import CostError
+from manyheads.ffn import Pointwise
+from manyheads.geometry import Geometry
 from manyheads.hosts import Host, Site
 from manyheads.surgery import blank_copy
 
@@ -156,9 +159,10 @@ class _Walk:
         self.model, self.sites = model, sites
         self.normalisation = 0
         self.linear: dict[str, int] = dict.fromkeys(
-            (name for name, m in model.named_modules() if isinstance(m, nn.Linear)), 0
+            (name for name, m in model.named_modules() if isinstance(m, Pointwise)), 0
         )
         self.tokens: dict[str, tuple[int, int]] = {}
+        self.keys: dict[str, int] = {}
         self._hooks = ExitStack()
 
     def __enter__(self) -> None:
@@ -166,25 +170,31 @@ class _Walk:
             work = _work_per_element(module)
             if work:
                 self._hook(module, self._note_norm(work))
-            if isinstance(module, nn.Linear):
+            if isinstance(module, Pointwise):
                 self._hook(module, self._note_linear(name))
         for site in self.sites:
             module = self.model.get_submodule(site.attention_path)
-            self._hook(module, self._note_tokens(site.attention_path))
+            if not site.fixed:
+                self._hook(module, self._note_tokens(site.attention_path))
+            if site.keys_path is not None:
+                keys = self.model.get_submodule(site.keys_path)
+                self._hook(keys, self._note_keys(site.attention_path))
 
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
 
     def book(self, site: Site) -> BlockCost:
         """Turn the notes on one site into its closed-form cost."""
-        images, num_tokens = self.tokens[site.attention_path]
-        core = site.attention.core_cost(site.geometry, num_tokens)
+        images, num_tokens = self.tokens.get(site.attention_path, (0, 0))
+        core = CoreCost(attention=0)
+        if not site.fixed:
+            core = site.attention.core_cost(self._geometry(site), num_tokens)
         feed_forward = (site.ffn_path or "").rpartition(".")[0]
         paths = (site.attention_path, *([feed_forward] if feed_forward else []))
         return BlockCost(
             index=site.index,
             path=site.path,
-            attention=repr(site.attention),
+            attention=site.fixed or repr(site.attention),
             ffn=repr(site.ffn) if site.ffn else "",
             num_tokens=num_tokens,
             num_parameters=sum(_count(self.model.get_submodule(p)) for p in paths),
@@ -193,6 +203,11 @@ class _Walk:
             feed_forward=self._within(feed_forward) if feed_forward else 0,
             elementwise=images * core.elementwise,
         )
+
+    def _geometry(self, site: Site) -> Geometry:
+        """Give the layer's sizes as they were met on this walk."""
+        keys = self.keys.get(site.attention_path, site.geometry.reduced_keys)
+        return replace(site.geometry, reduced_keys=keys)
 
     def _within(self, path: str) -> int:
         inside = f"{path}."
@@ -213,14 +228,20 @@ class _Walk:
         return note
 
     def _note_linear(self, name: str) -> Callable[..., None]:
-        def note(module: nn.Linear, __: Any, output: Tensor) -> None:
-            rows = output.numel() // module.out_features
-            self.linear[name] += rows * module.weight.numel()
+        def note(module: Pointwise, __: Any, output: Tensor) -> None:
+            places = output.numel() // module.weight.shape[0]
+            self.linear[name] += places * module.weight.numel()
+
+        return note
+
+    def _note_keys(self, path: str) -> Callable[..., None]:
+        def note(_: nn.Module, __: Any, output: Tensor) -> None:
+            self.keys[path] = output.shape[-2]
 
         return note
 
     def _note_tokens(self, path: str) -> Callable[..., None]:
-        def note(_: nn.Module, args: tuple[Tensor, ...], __: Any) -> None:
+        def note(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
             *images, num_tokens, _dim = args[0].shape
             self.tokens[path] = (math.prod(images), num_tokens)
 

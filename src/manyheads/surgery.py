@@ -67,7 +67,7 @@ def plan_swaps(
     for site in sites:
         mixer, output = attention.get(site.index), ffn.get(site.index)
         left_alone = []
-        if mixer and (reason := mixer.exempt(site.geometry)):
+        if mixer and (reason := site.fixed or mixer.exempt(site.geometry)):
             left_alone.append(reason)
             mixer = None
         if mixer and (reason := _attention_problem(site, mixer)):
@@ -214,6 +214,11 @@ def _attention_problem(site: Site, spec: AttentionSpec) -> str | None:
             f"{site.attention} kept queries and keys of {has} of "
             f"{site.geometry.num_heads} heads and {spec} needs {needs}; convert the "
             "original model instead"
+        )
+    if site.geometry.reduced_keys is not None and not spec.takes_reduced_keys:
+        return (
+            f"its keys are reduced to {site.geometry.reduced_keys} tokens and {spec} "
+            "is defined where queries and keys are the same tokens"
         )
     return spec.problem(site.geometry)
 

@@ -4,6 +4,8 @@ from torch import nn
 
 from manyheads.errors import UnknownHost
 from manyheads.hosts.base import Host, ImageInput, Site, mechanism_of, replace_module
+from manyheads.hosts.timm_nextvit import TimmNextViT
+from manyheads.hosts.timm_pvt import TimmPVT
 from manyheads.hosts.timm_vit import TimmViT
 
 __all__ = [
@@ -17,7 +19,7 @@ __all__ = [
     "replace_module",
 ]
 
-HOSTS: tuple[Host, ...] = (TimmViT(),)
+HOSTS: tuple[Host, ...] = (TimmPVT(), TimmNextViT(), TimmViT())
 
 
 def find_host(model: nn.Module) -> tuple[Host, tuple[Site, ...]]:
@@ -48,5 +50,6 @@ def _unknown(model: nn.Module, reason: str) -> UnknownHost:
         found=reason,
         why="a block that is not understood exactly is never touched",
         fix="Supported: every timm model whose attention is timm.layers.Attention "
-        "(ViT, DeiT, DeiT-III, SigLIP, CLIP, DINOv2 and relatives).",
+        "(ViT, DeiT, DeiT-III, SigLIP, CLIP, DINOv2 and relatives), and timm's "
+        "PVT-v2 and Next-ViT.",
     )

@@ -36,6 +36,10 @@ class Site:
         geometry: Sizes of the attention layer.
         attention: What mixes tokens there now.
         ffn: What the output matrix is now; None for an ordinary one.
+        keys_path: The module whose output tokens become keys, where they are fewer
+            than the queries; None where every token is a key.
+        fixed: Why no recipe swaps what mixes tokens here, e.g. a convolution; empty
+            where it is attention.
     """
 
     index: int
@@ -45,6 +49,8 @@ class Site:
     geometry: Geometry
     attention: AttentionSpec
     ffn: FeedForwardSpec | None
+    keys_path: str | None = None
+    fixed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +170,10 @@ class TokenGrid:
         image: Tensor = args[0]
         rows, columns = embed.dynamic_feat_size(image.shape[-2:])
         self.grid = (rows, columns)
+
+    def watch_map(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        """Forward hook for a convolution that makes the patches: [B, D, rows, cols]."""
+        self.grid = (output.shape[-2], output.shape[-1])
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:

@@ -83,7 +83,7 @@ def hydra_backward(
     """
     q_weight = _inverse_length(q, None)
     k_weight = _inverse_length(k, key_mask)
-    buffer = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    buffer = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     summary = _weighted_sum(k, v, k_weight, buffer)
     gathered = _weighted_sum(q, grad, q_weight, buffer)
     dq = _through_unit(grad, q, q_weight, summary)
@@ -95,10 +95,10 @@ def hydra_backward(
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    def fresh() -> Tensor:
-        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    def fresh(x: Tensor) -> Tensor:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
-    return fresh(), fresh(), fresh()
+    return fresh(q), fresh(k), fresh(v)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -127,7 +127,7 @@ def _inverse_length(x: Tensor, key_mask: Tensor | None) -> Tensor:
 
 def _weighted_sum(x: Tensor, y: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     """Sum weight[n] * x[n] * y[n] over tokens, in the type of the weight: [B, D]."""
-    if x.dtype is weight.dtype:
+    if x.dtype is weight.dtype and x.shape == buffer.shape:
         product = torch.mul(x, y, out=buffer)
     else:
         product = x.to(weight.dtype) * y
@@ -154,14 +154,14 @@ def _through_unit(grad: Tensor, x: Tensor, weight: Tensor, factor: Tensor) -> Te
 
 
 @register_flop_formula([torch.ops.manyheads.hydra])
-def _flops(q: Any, *_: Any, **__: Any) -> int:
-    """Two multiply-adds a feature and token, at 2 FLOPs each."""
+def _flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
+    """One multiply-add a feature and key, one a feature and query, 2 FLOPs each."""
     B, N, D = q
-    return 2 * 2 * int(B) * int(N) * int(D)
+    return 2 * int(B) * (int(N) + int(k[1])) * int(D)
 
 
 @register_flop_formula([torch.ops.manyheads.hydra_backward])
-def _backward_flops(grad: Any, *_: Any, **__: Any) -> int:
+def _backward_flops(grad: Any, q: Any, k: Any, *_: Any, **__: Any) -> int:
     """The sum again, its transpose, and the three gradients' gates."""
     B, N, D = grad
-    return 2 * 5 * int(B) * int(N) * int(D)
+    return 2 * int(B) * (2 * int(N) + 3 * int(k[1])) * int(D)
