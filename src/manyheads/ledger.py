@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from manyheads.attention import CoreCost
 from manyheads.errors import CostError
 from manyheads.ffn import Pointwise
-from manyheads.geometry import Geometry
-from manyheads.hosts import Host, Site
+from manyheads.geometry import Geometry, Grid
+from manyheads.hosts import Host, Site, mechanism_of
 from manyheads.surgery import blank_copy
 
 __all__ = ["BlockCost", "Ledger", "keep_books"]
@@ -163,6 +163,7 @@ class _Walk:
         )
         self.tokens: dict[str, tuple[int, int]] = {}
         self.keys: dict[str, int] = {}
+        self.grids: dict[str, Grid] = {}
         self._hooks = ExitStack()
 
     def __enter__(self) -> None:
@@ -179,6 +180,9 @@ class _Walk:
             if site.keys_path is not None:
                 keys = self.model.get_submodule(site.keys_path)
                 self._hook(keys, self._note_keys(site.attention_path))
+            core = mechanism_of(module)
+            if core is not None and core.needs_grid:
+                self._hook(core, self._note_grid(site.attention_path))
 
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
@@ -205,9 +209,10 @@ class _Walk:
         )
 
     def _geometry(self, site: Site) -> Geometry:
-        """Give the layer's sizes as they were met on this walk."""
+        """Give the layer's sizes with keys and grid as they were met on this walk."""
         keys = self.keys.get(site.attention_path, site.geometry.reduced_keys)
-        return replace(site.geometry, reduced_keys=keys)
+        grid = self.grids.get(site.attention_path, site.geometry.grid)
+        return replace(site.geometry, reduced_keys=keys, grid=grid)
 
     def _within(self, path: str) -> int:
         inside = f"{path}."
@@ -244,6 +249,13 @@ class _Walk:
         def note(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
             *images, num_tokens, _dim = args[0].shape
             self.tokens[path] = (math.prod(images), num_tokens)
+
+        return note
+
+    def _note_grid(self, path: str) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
+            *_qkv_and_mask, grid = args
+            self.grids[path] = grid
 
         return note
 

@@ -3,6 +3,7 @@
 from manyheads.attention.base import AttentionSpec, CoreCost, Mechanism
 from manyheads.attention.hallucinated import Hallucinated
 from manyheads.attention.hydra import Hydra
+from manyheads.attention.interactive import Interactive
 from manyheads.attention.softmax import Softmax
 
 __all__ = [
@@ -11,8 +12,14 @@ __all__ = [
     "CoreCost",
     "Hallucinated",
     "Hydra",
+    "Interactive",
     "Mechanism",
     "Softmax",
 ]
 
-MECHANISMS: tuple[type[AttentionSpec], ...] = (Softmax, Hydra, Hallucinated)
+MECHANISMS: tuple[type[AttentionSpec], ...] = (
+    Softmax,
+    Hydra,
+    Interactive,
+    Hallucinated,
+)

@@ -161,6 +161,10 @@ class TokenGrid:
     def __init__(self) -> None:
         self.grid: Grid | None = None
 
+    def __reduce__(self) -> tuple[type[TokenGrid], tuple[()]]:
+        """Copy and pickle without the grid: of a traced image it is symbols."""
+        return TokenGrid, ()
+
     def __call__(self) -> Grid | None:
         """Give the grid of the image that was embedded last."""
         return self.grid

@@ -180,7 +180,8 @@ class TimmViT(Host):
         known = next((m.token_grid for m in layers if m.token_grid is not None), None)
         if waiting and known is None:
             known = TokenGrid()
-            model.patch_embed.register_forward_pre_hook(known.watch_patches)
+            embed = _trunk(model).patch_embed
+            embed.register_forward_pre_hook(known.watch_patches)
         for layer in waiting:
             layer.token_grid = known
 
@@ -298,7 +299,14 @@ def _site(model: nn.Module, index: int, path: str, attention: Any) -> Site:
     )
 
 
+def _trunk(model: Any) -> Any:
+    """Look through timm's wrapper for features (`features_only=True`)."""
+    wrapper = type(model).__name__ == "FeatureGetterNet"
+    return model.model if wrapper else model
+
+
 def _geometry(model: nn.Module, attention: Any) -> Geometry:
+    model = _trunk(model)
     embed = getattr(model, "patch_embed", None)
     plain = hasattr(model, "blocks") and hasattr(embed, "grid_size")
     grid = getattr(embed, "grid_size", None) if plain else None
