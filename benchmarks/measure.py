@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from benchmarks.cases import Case, CoreCase, Entry, LayerCase, ModelCase
 from manyheads import Hydra, Softmax, convert, cost
 from manyheads.attention import AttentionSpec, Mechanism
+from manyheads.gauges.stopwatch import Spread, race, ratios, spread
 from manyheads.geometry import Geometry, Grid
 from manyheads.hosts import find_host
 from manyheads.kernels.hydra import hydra_into
-from manyheads.stopwatch import Spread, race, ratios, spread
 from manyheads.timing import bench
 
 __all__ = ["COPY", "GIVEN", "growth", "measure"]

@@ -22,7 +22,7 @@ from benchmarks.cases import CASES, SMOKE, Case, CoreCase
 from benchmarks.measure import growth, measure
 from benchmarks.records import FORMAT, RESULTS, VERSION, write_record
 from benchmarks.render import render
-from manyheads.machine import conditions
+from manyheads.gauges.machine import conditions
 
 ROOT = Path(__file__).parents[1]
 

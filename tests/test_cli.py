@@ -18,7 +18,7 @@ from PIL import Image
 
 import manyheads as mh
 from manyheads.cli import app, main
-from manyheads.console import run
+from manyheads.terminal.console import run
 from tests.helpers import tiny_vit
 
 VERBS = ["preview", "convert", "heal", "train", "evaluate", "cost", "bench", "demo"]

@@ -20,9 +20,9 @@ from torch import nn
 from manyheads.data import Images, ImageSource, image_source
 from manyheads.errors import InvalidOption
 from manyheads.loop import Run
+from manyheads.loop.stages import RunOptions, Stage, StageRecord, require_positive
+from manyheads.loop.weights import fingerprint, keeping_modes
 from manyheads.pairing import Pair
-from manyheads.stages import RunOptions, Stage, StageRecord, require_positive
-from manyheads.weights import fingerprint, keeping_modes
 
 __all__ = ["BlockHealing", "Healed", "heal"]
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.errors import InvalidOption
+from manyheads.gauges.machine import conditions
+from manyheads.gauges.memory import Memory, measure_memory
+from manyheads.gauges.stopwatch import race, ratios, spread
 from manyheads.hosts import Host, Site, find_host
 from manyheads.ledger import Ledger, keep_books
-from manyheads.machine import conditions
-from manyheads.memory_probe import Memory, measure_memory
-from manyheads.stopwatch import race, ratios, spread
 
 __all__ = ["Bench", "BenchRow", "bench"]
 
