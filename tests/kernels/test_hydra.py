@@ -49,6 +49,17 @@ def test_output_and_gradients_equal_the_twins(
         assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize(("num_tokens", "num_keys"), [(9, 4), (3, 8)])
+def test_keys_may_be_fewer_or_more_than_queries(num_tokens: int, num_keys: int) -> None:
+    q, (_, k, v) = _qkv(2, num_tokens)[0], _qkv(2, num_keys)
+    grad = torch.randn_like(q)
+    assert_close(kernel.hydra(q, k, v, None), hydra_attention(q, k, v))
+    ours = _gradients(lambda *x: kernel.hydra(*x, None), (q, k, v), grad)
+    twins = _gradients(hydra_attention, (q, k, v), grad)
+    for mine, theirs in zip(ours, twins, strict=True):
+        assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize("tile", [1, 2 * 4 * 24, 1 << 20], ids=["one", "two", "all"])
 @pytest.mark.parametrize(("batch", "num_tokens"), [(1, 7), (5, 3), (3, 8), (4, 1)])
 def test_every_way_of_cutting_tiles_gives_the_same(
