@@ -113,6 +113,8 @@ class LayerCase(Case):
 class ModelCase(Case):
     """Whole models on random images; the first entry is the base.
 
+    Eager models go through `manyheads.bench`, whose own limit of time holds.
+
     Attributes:
         architecture: Registered name.
         entries: What is done to it.
