@@ -91,3 +91,9 @@ def test_constraints_are_names_and_exact_versions_only() -> None:
     pins = [line for line in lines if not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+]+", pin) for pin in pins)
     assert {"torch", "timm", "setuptools"} <= {pin.split("==")[0] for pin in pins}
+
+
+def test_the_documentation_includes_every_example() -> None:
+    page = (DOCS / "examples.md").read_text()
+    for example in (ROOT / "examples").glob("*.py"):
+        assert f'--8<-- "examples/{example.name}"' in page
