@@ -12,10 +12,10 @@ from PIL import Image
 from torch import nn
 
 import manyheads as mh
+from manyheads.data.photographs import sample_photographs
 from manyheads.drawing import draw
 from manyheads.errors import DataError, InvalidOption
 from manyheads.maps import Maps
-from manyheads.photographs import sample_photographs
 from tests.helpers import tiny_vit
 
 pytest.importorskip("matplotlib", reason="needs the extra: manyheads[draw]")

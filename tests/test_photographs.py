@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from manyheads.errors import DataError
-from manyheads.hosts import ImageInput
-from manyheads.photographs import (
+from manyheads.data.photographs import (
     open_photograph,
     prepare,
     prepare_files,
     restore,
     sample_photographs,
 )
+from manyheads.errors import DataError
+from manyheads.hosts import ImageInput
 
 
 def _wanted(size: tuple[int, int], crop: float = 0.9, channels: int = 3) -> ImageInput:
@@ -120,7 +120,7 @@ def test_ten_thousand_pixels_across_take_bounded_memory(tmp_path: Path) -> None:
     Image.new("RGB", (10_000, 10_000), (10, 200, 30)).save(path)
     code = (
         "import resource, sys\n"
-        "from manyheads.photographs import open_photograph\n"
+        "from manyheads.data.photographs import open_photograph\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "image = open_photograph(sys.argv[1], at_least=256)\n"
         "assert min(image.size) >= 512, image.size\n"

@@ -10,8 +10,9 @@ import manyheads as mh
 
 # fmt: off
 NAMES = [
-    "Compact", "Hydra", "Recipe", "Softmax", "Swap",
-    "attention_maps", "convert", "cost", "export", "load", "preview", "save",
+    "Compact", "Hallucinated", "Hydra", "Interactive", "Recipe", "Softmax", "Swap",
+    "attention_maps", "bench", "convert", "cost", "evaluate", "export", "heal", "load",
+    "preview", "save", "train",
 ]
 # fmt: on
 

@@ -11,8 +11,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 import manyheads as mh
+from manyheads.data.photographs import sample_photographs
 from manyheads.errors import DataError, ImageSizeError, InvalidOption
-from manyheads.photographs import sample_photographs
 from manyheads.running import run
 from tests.helpers import assert_close, tiny_vit
 

@@ -10,7 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from manyheads.attention import Hallucinated as Hallucinated
     from manyheads.attention import Hydra as Hydra
+    from manyheads.attention import Interactive as Interactive
     from manyheads.attention import Softmax as Softmax
     from manyheads.checkpoint import load as load
     from manyheads.checkpoint import save as save
@@ -19,25 +21,35 @@ if TYPE_CHECKING:
     from manyheads.costs import cost as cost
     from manyheads.exporting import export as export
     from manyheads.ffn import Compact as Compact
+    from manyheads.healing import heal as heal
     from manyheads.maps import attention_maps as attention_maps
     from manyheads.recipe import Recipe as Recipe
     from manyheads.recipe import Swap as Swap
+    from manyheads.timing import bench as bench
+    from manyheads.training import evaluate as evaluate
+    from manyheads.training import train as train
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Compact": "ffn",
+    "Hallucinated": "attention",
     "Hydra": "attention",
+    "Interactive": "attention",
     "Recipe": "recipe",
     "Softmax": "attention",
     "Swap": "recipe",
     "attention_maps": "maps",
+    "bench": "timing",
     "convert": "conversion",
     "cost": "costs",
+    "evaluate": "training",
     "export": "exporting",
+    "heal": "healing",
     "load": "checkpoint",
     "preview": "conversion",
     "save": "checkpoint",
+    "train": "training",
 }
 
 __all__ = sorted(_HOME)

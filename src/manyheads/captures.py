@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.attention import Mechanism, Softmax
+from manyheads.data.photographs import prepare_files
 from manyheads.errors import DataError, ManyheadsError
 from manyheads.geometry import Grid
 from manyheads.hosts import Host, ImageInput, Site, mechanism_of
-from manyheads.photographs import prepare_files
 from manyheads.surgery import Operation, apply_swaps
 
 __all__ = ["Call", "Pictures", "padded", "picture_tensor", "require_all", "watch"]

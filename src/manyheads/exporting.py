@@ -21,14 +21,19 @@ import torch
 from torch import nn
 
 from manyheads.artifacts import Artifact, Card, Target, open_artifact
+from manyheads.artifacts.targets import Shipped, fold, problem, target_for, trace, write
+from manyheads.artifacts.verification import (
+    Check,
+    LabelledCheck,
+    compare,
+    compare_labelled,
+)
 from manyheads.attention import Softmax
+from manyheads.data.exhibits import Images, exhibits
 from manyheads.errors import DataError, InvalidOption, ManyheadsError, NotExportable
-from manyheads.exhibits import Images, exhibits
 from manyheads.geometry import Grid
 from manyheads.hosts import find_host
 from manyheads.surgery import current_recipe
-from manyheads.targets import Shipped, fold, problem, target_for, trace, write
-from manyheads.verification import Check, LabelledCheck, compare, compare_labelled
 
 __all__ = ["Exported", "export"]
 

@@ -27,10 +27,10 @@ from manyheads.captures import (
     require_all,
     watch,
 )
+from manyheads.data.photographs import restore
 from manyheads.errors import InvalidOption, ManyheadsError, MapsTooLarge
 from manyheads.geometry import Grid
 from manyheads.hosts import ImageInput, Site, find_host
-from manyheads.photographs import restore
 
 __all__ = ["BlockMaps", "Maps", "attention_maps", "attention_rollout"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from manyheads.artifacts import Artifact, open_artifact
+from manyheads.data.photographs import prepare_files
 from manyheads.errors import DataError, ImageSizeError, InvalidOption
-from manyheads.photographs import prepare_files
 
 __all__ = ["Answer", "Answers", "Guess", "run"]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from manyheads.attention.base import AttentionSpec, CoreCost, Mechanism, apply_maps
 from manyheads.geometry import Geometry, Grid
 
-__all__ = ["Softmax", "SoftmaxAttention", "softmax_maps"]
+__all__ = ["Softmax", "SoftmaxAttention", "masked_softmax", "softmax_maps"]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -29,6 +30,8 @@ class Softmax(AttentionSpec):
     has no options.
     """
 
+    takes_reduced_keys: ClassVar[bool] = True
+
     def problem(self, geometry: Geometry) -> str | None:
         """Every layer of a host can be served."""
         return None
@@ -38,14 +41,15 @@ class Softmax(AttentionSpec):
         return SoftmaxAttention(self, geometry)
 
     def core_cost(self, geometry: Geometry, num_tokens: int) -> CoreCost:
-        """Count ``2 N^2 D``: one product makes the maps, one applies them."""
-        return CoreCost(attention=2 * num_tokens**2 * geometry.attention_dim)
+        """Count ``2 N S D``: one product makes the maps, one applies them."""
+        pairs = num_tokens * (geometry.reduced_keys or num_tokens)
+        return CoreCost(attention=2 * pairs * geometry.attention_dim)
 
 
 class SoftmaxAttention(Mechanism):
     """Fused softmax attention through torch's own kernels.
 
-    Cost: O(N^2 D) time; memory O(N D) with the fused kernels, O(H N^2) for ``maps``.
+    Cost: O(N S D) time; memory O(N D) with the fused kernels, O(H N S) for ``maps``.
     """
 
     accepts_pair_mask = True
@@ -53,9 +57,9 @@ class SoftmaxAttention(Mechanism):
     def forward(
         self,
         q: Float[Tensor, "B N H K"],
-        k: Float[Tensor, "B N H K"],
-        v: Float[Tensor, "B N H K"],
-        mask: Bool[Tensor, "B N"] | Tensor | None = None,
+        k: Float[Tensor, "B S H K"],
+        v: Float[Tensor, "B S H K"],
+        mask: Bool[Tensor, "B S"] | Tensor | None = None,
         grid: Grid | None = None,
     ) -> Float[Tensor, "B N H K"]:
         """Mix the values; any mask that broadcasts to [B, H, N, N] is honoured."""
@@ -73,10 +77,10 @@ class SoftmaxAttention(Mechanism):
     def maps(
         self,
         q: Float[Tensor, "B N H K"],
-        k: Float[Tensor, "B N H K"],
-        mask: Bool[Tensor, "B N"] | Tensor | None = None,
+        k: Float[Tensor, "B S H K"],
+        mask: Bool[Tensor, "B S"] | Tensor | None = None,
         grid: Grid | None = None,
-    ) -> Float[Tensor, "B H N N"]:
+    ) -> Float[Tensor, "B H N S"]:
         """Build the maps; a query whose keys are all masked attends to nothing."""
         return softmax_maps(q, k, self.geometry.scale, mask)
 
@@ -102,9 +106,9 @@ class SoftmaxAttention(Mechanism):
     def reference(
         self,
         q: Float[Tensor, "B N H K"],
-        k: Float[Tensor, "B N H K"],
-        v: Float[Tensor, "B N H K"],
-        mask: Bool[Tensor, "B N"] | Tensor | None = None,
+        k: Float[Tensor, "B S H K"],
+        v: Float[Tensor, "B S H K"],
+        mask: Bool[Tensor, "B S"] | Tensor | None = None,
         grid: Grid | None = None,
     ) -> Float[Tensor, "B N H K"]:
         """Do what ``forward`` does outside of training (no map entry is dropped)."""
@@ -121,9 +125,16 @@ def softmax_maps(
 
         maps[h, n, m] = softmax_m(scale * <q[n, h], k[m, h]>)
 
-    Cost: O(H N^2 K) time, O(H N^2) memory.
+    Cost: O(H N S K) time, O(H N S) memory.
     """
     scores = scale * torch.einsum("bnhk,bmhk->bhnm", q, k)
+    return masked_softmax(scores, mask)
+
+
+def masked_softmax(
+    scores: Float[Tensor, "B H N S"], mask: Tensor | None
+) -> Float[Tensor, "B H N S"]:
+    """Make maps of scores; what is masked weighs nothing, even where all of it is."""
     pairs = _pair_mask(mask)
     if pairs is None:
         return scores.softmax(dim=-1)

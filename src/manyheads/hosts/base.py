@@ -8,18 +8,20 @@ one line in `HOSTS`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from manyheads.attention import AttentionSpec, Mechanism
-from manyheads.errors import ManyheadsError
+from manyheads.errors import ManyheadsError, SwapRefused
 from manyheads.ffn import FeedForwardSpec
 from manyheads.geometry import Geometry, Grid
 
-__all__ = ["Host", "ImageInput", "Site", "TokenGrid", "replace_module"]
+__all__ = ["Host", "ImageInput", "Site", "TokenGrid", "replace_module", "token_count"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,18 @@ class Site:
         geometry: Sizes of the attention layer.
         attention: What mixes tokens there now.
         ffn: What the output matrix is now; None for an ordinary one.
+        renamed: Whether the attention layer is one of ours whose parameters have other
+            names than the library's: then even ordinary attention must be recorded.
+        attention_parts: Modules that hold all of the attention's projections, where
+            that is more than `attention_path`.
+        ffn_parts: Modules that make the feed-forward layer, where that is more than
+            the parent of `ffn_path`.
+        fixed_query_heads: Why queries and keys cannot be projected for fewer heads, in
+            one clause; empty where they can.
+        keys_path: The module whose output tokens become keys, where they are fewer
+            than the queries; None where every token is a key.
+        fixed: Why no recipe swaps what mixes tokens here, e.g. a convolution; empty
+            where it is attention.
     """
 
     index: int
@@ -44,6 +58,12 @@ class Site:
     geometry: Geometry
     attention: AttentionSpec
     ffn: FeedForwardSpec | None
+    renamed: bool = False
+    attention_parts: tuple[str, ...] = ()
+    ffn_parts: tuple[str, ...] = ()
+    fixed_query_heads: str = ""
+    keys_path: str | None = None
+    fixed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +112,19 @@ class Host(ABC):
 
         The old module must not be used afterwards: its children move to the new one.
         """
+
+    def permute_heads(self, model: nn.Module, site: Site, order: Sequence[int]) -> None:
+        """Put the heads of a layer in another order, in place; no output changes.
+
+        Raises:
+            SwapRefused: This host's layers keep the order they have.
+        """
+        raise SwapRefused(
+            asked=f"choosing the real heads of block {site.index} from images",
+            found=f"heads of {self.name} models keep their order",
+            where=site.attention_path,
+            fix="Convert without images: the first half of the heads is real then.",
+        )
 
     @abstractmethod
     def track_grid(self, model: nn.Module) -> None:
@@ -160,6 +193,10 @@ class Host(ABC):
         """Name the classes in the order of the output; empty for an embedding."""
         return ()
 
+    def extra_files(self, model: nn.Module) -> dict[str, str]:
+        """Give further files of a checkpoint, name to text; none, as a rule."""
+        return {}
+
 
 class TokenGrid:
     """Rows and columns of the image now in the network, for layers far from it.
@@ -172,6 +209,10 @@ class TokenGrid:
     def __init__(self) -> None:
         self.grid: Grid | None = None
 
+    def __reduce__(self) -> tuple[type[TokenGrid], tuple[()]]:
+        """Copy and pickle without the grid: of a traced image it is symbols."""
+        return TokenGrid, ()
+
     def __call__(self) -> Grid | None:
         """Give the grid of the image that was embedded last."""
         return self.grid
@@ -182,6 +223,10 @@ class TokenGrid:
         rows, columns = embed.dynamic_feat_size(image.shape[-2:])
         self.grid = (rows, columns)
 
+    def watch_map(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        """Forward hook for a convolution that makes the patches: [B, D, rows, cols]."""
+        self.grid = (output.shape[-2], output.shape[-1])
+
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     """Put a module at a path, in the mode (training or not) of what was there."""
@@ -189,6 +234,17 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     parent = model.get_submodule(parent_path)
     new.train(parent.get_submodule(name).training)
     parent.register_module(name, new)
+
+
+def token_count(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[int, int]:
+    """Say how many images and tokens an attention layer was called with."""
+    tokens = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    *images, count, _ = tokens.shape
+    if getattr(module, "batch_first", True):
+        return math.prod(images), count
+    return count, math.prod(images)
 
 
 def mechanism_of(module: nn.Module) -> Mechanism | None:

@@ -11,10 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from manyheads.data.photographs import prepare_files, sample_photographs
+from manyheads.data.pictures import list_pictures
 from manyheads.errors import DataError
 from manyheads.hosts import ImageInput
-from manyheads.photographs import prepare_files, sample_photographs
-from manyheads.pictures import list_pictures
 
 __all__ = ["Exhibits", "Images", "exhibits"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from manyheads.artifacts import CARD, INPUT, Card, Target, quiet, require
+from manyheads.artifacts.files import CARD, INPUT, Card, Target, quiet, require
 from manyheads.errors import InvalidOption, nearest
 from manyheads.geometry import Grid
 from manyheads.hosts import Host

@@ -19,9 +19,9 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from manyheads.data.pictures import as_mode
 from manyheads.errors import DataError, MissingExtra
 from manyheads.hosts import ImageInput
-from manyheads.pictures import as_mode
 
 __all__ = [
     "open_photograph",

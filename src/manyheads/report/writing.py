@@ -18,8 +18,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from manyheads.charts import Cell, line_chart, table
 from manyheads.errors import DataError
+from manyheads.report.charts import Cell, line_chart, table
 
 __all__ = ["report"]
 
@@ -80,7 +80,7 @@ def report(
         _conditions(found, source),
     ]
     name = str(found.get("title") or f"manyheads: {source.stem}")
-    template = files("manyheads").joinpath("templates", "report.html")
+    template = files("manyheads.report").joinpath("page.html")
     page = Template(template.read_text(encoding="utf-8")).substitute(
         title=html.escape(name), summary=_summary(found), sections="\n".join(sections)
     )

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from manyheads.artifacts import Artifact
-from manyheads.exhibits import Exhibits
+from manyheads.artifacts.files import Artifact
+from manyheads.data.exhibits import Exhibits
 from manyheads.hosts import Host
 
 __all__ = ["Check", "LabelledCheck", "compare", "compare_labelled"]
