@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -148,6 +149,17 @@ def test_a_file_that_answers_something_else_is_removed_and_named(
     model.fc_norm = _Remembering()
     with pytest.raises(NotExportable, match=r"differ.* at 48x48.*removed.*another"):
         mh.export(model, tmp_path / "wrong.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_does_not_run_at_another_size_is_removed_and_named(
+    tmp_path: Path,
+) -> None:
+    model = timm.create_model(
+        "vit_small_patch16_dinov3", img_size=64, depth=1, embed_dim=96, num_heads=3
+    )
+    with pytest.raises(NotExportable, match=r"does not run.*dynamic=False"):
+        mh.export(model.eval(), tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -184,7 +184,15 @@ def export(
         )
         _write(model, Shipped(ship, host), fresh, card, file)
         artifact = _opened(model, fresh, file)
-        checks = tuple(compare(reference, host, artifact, shown))
+        try:
+            checks = tuple(compare(reference, host, artifact, shown))
+        except DataError as error:
+            raise _refusal(
+                model,
+                file,
+                f"what was written does not run: {error.asked}, {error.found}",
+                fix="Try dynamic=False, or another target.",
+            ) from error
         _require_close(checks, limit, model, file)
         labelled = compare_labelled(reference, host, artifact, shown)
         size = fresh.stat().st_size / 1024**2

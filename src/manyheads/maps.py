@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from manyheads.attention import Mechanism
 from manyheads.captures import (
     Call,
     Pictures,
@@ -273,14 +274,22 @@ def _build(
     core, keys = call.core, call.k.shape[1]
     maps = _numbers("heads", heads, core.num_maps, where=site.attention_path)
     rows = _numbers("queries", queries, call.q.shape[1], where=site.attention_path)
-    spent[0] += call.q.element_size() * len(call.q) * keys * len(rows) * (len(maps) + 1)
-    if spent[0] > LIMIT:
+    row = call.q.element_size() * len(call.q) * keys
+    spent[0] += row * len(rows) * (len(maps) + 1)
+    # Without rows of its own a mechanism builds all of a block's maps on the way.
+    whole = type(core).rows is Mechanism.rows
+    passing = row * call.q.shape[1] * core.num_maps if whole else 0
+    needed = (spent[0] + passing) / 1024**3
+    if spent[0] + passing > LIMIT:
         raise MapsTooLarge(
             asked=f"maps of {len(maps)} heads or features for {len(rows)} queries",
-            found=f"up to block {site.index} they take {spent[0] / 1024**3:.1f} GiB "
+            found=f"up to block {site.index} they take {needed:.1f} GiB "
             f"at {keys} tokens, more than {LIMIT / 1024**3:.0f}",
             where=site.attention_path,
-            fix="Ask for less: blocks=[-1], heads=range(4), queries=[0]; heads=() for "
+            fix=f"{type(core.spec).__name__} builds all maps of a block at once: use a "
+            "smaller image."
+            if passing > LIMIT
+            else "Ask for less: blocks=[-1], heads=range(4), queries=[0]; heads=() for "
             "the influence alone.",
         )
     if maps:

@@ -105,6 +105,7 @@ class Artifact(ABC):
         Raises:
             ImageSizeError: The file runs at its native size only, or the images are
                 smaller than one patch.
+            DataError: The program fails on them.
         """
         size = (images.shape[-2], images.shape[-1])
         wanted = self.card.image.size
@@ -118,9 +119,19 @@ class Artifact(ABC):
             )
         padding = (0, wanted[1] - size[1], 0, wanted[0] - size[0])
         dtype: torch.dtype = getattr(torch, self.card.dtype)
-        with torch.no_grad():
-            outputs = self._run(F.pad(images, padding).to(dtype).contiguous())
-        return outputs
+        ready = F.pad(images, padding).to(dtype).contiguous()
+        try:
+            with torch.no_grad():
+                return self._run(ready)
+        except MemoryError:
+            raise
+        # Each runtime has errors of its own kind for a graph that does not run.
+        except Exception as error:
+            raise DataError(
+                asked=f"running {len(ready)} images of {wanted[0]}x{wanted[1]}",
+                found=f"the exported program fails: {error!s:.300}",
+                fix="Use another image size, or export with dynamic=False.",
+            ) from error
 
     @abstractmethod
     def _run(self, images: Tensor) -> Tensor:
@@ -225,7 +236,7 @@ def _open_zip(file: Path) -> Artifact:
 def _open_onnx(file: Path) -> Artifact:
     runtime = require("onnxruntime", purpose=f"running {file}", extra="export")
     options = runtime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     # onnxruntime takes every core unless told; torch's setting is the user's word.
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(
