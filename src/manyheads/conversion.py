@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -89,7 +90,11 @@ class Preview:
 
 
 def preview(
-    model: nn.Module, recipe: Recipe, *, image_size: tuple[int, int] | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    image_size: tuple[int, int] | None = None,
+    paths: Sequence[str] | None = None,
 ) -> Preview:
     """Show what `convert` would do, block by block, changing nothing.
 
@@ -98,6 +103,8 @@ def preview(
         recipe: What the blocks are to become.
         image_size: Height and width for which work is counted; None for the native
             size.
+        paths: In a model of your own, the attention layers to count as its blocks;
+            see `convert`.
 
     Raises:
         UnknownHost: No host knows the model.
@@ -105,7 +112,7 @@ def preview(
         SwapRefused: A mechanism cannot carry what a layer does.
         ImageSizeError: The size gives no valid token grid.
     """
-    host, sites = find_host(model)
+    host, sites = find_host(model, paths)
     operations = plan_swaps(model, sites, recipe)
     before = keep_books(model, host, sites, image_size)
     blank = blank_copy(model)
@@ -119,7 +126,9 @@ def preview(
     )
 
 
-def convert(model: nn.Module, recipe: Recipe) -> nn.Module:
+def convert(
+    model: nn.Module, recipe: Recipe, *, paths: Sequence[str] | None = None
+) -> nn.Module:
     """Make a new model whose blocks are what the recipe says.
 
     The given model stays bit for bit as it was; healing needs it as the teacher.
@@ -130,6 +139,9 @@ def convert(model: nn.Module, recipe: Recipe) -> nn.Module:
     Args:
         model: A hosted model, converted already or not.
         recipe: What the blocks are to become.
+        paths: In a model of your own, the module paths of the attention layers that
+            count as its blocks 0, 1, ...: each a `torch.nn.MultiheadAttention`, or a
+            layer with `qkv`, `proj` and `num_heads` that computes what timm's does.
 
     Returns:
         A deep copy with the blocks swapped. It needs healing to be accurate.
@@ -139,7 +151,7 @@ def convert(model: nn.Module, recipe: Recipe) -> nn.Module:
         NothingToConvert: A block is out of range, or nothing would change.
         SwapRefused: A mechanism cannot carry what a layer does.
     """
-    host, sites = find_host(model)
+    host, sites = find_host(model, paths)
     operations = plan_swaps(model, sites, recipe)
     student = copy.deepcopy(model)
     apply_swaps(student, host, operations)
