@@ -165,7 +165,7 @@ def test_timms_own_layer_is_like_timms() -> None:
 
 def test_a_windowed_layer_is_found_out_by_its_answer() -> None:
     swin = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1))
-    with pytest.raises(SwapRefused, match="cannot be called with tokens|differs by"):
+    with pytest.raises(SwapRefused, match=r"cannot be called with tokens|differs by"):
         mh.convert(swin, HYDRA, paths=["layers.0.blocks.0.attn"])
 
 
