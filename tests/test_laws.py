@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import manyheads as mh
-from manyheads.attention import MECHANISMS, AttentionSpec, Hydra, Mechanism, Softmax
+from manyheads.attention import (
+    MECHANISMS,
+    AttentionSpec,
+    Hallucinated,
+    Hydra,
+    Mechanism,
+    Softmax,
+)
 from manyheads.attention.base import apply_maps
 from manyheads.errors import MaskRefused, SwapRefused
 from manyheads.geometry import Geometry
@@ -30,6 +37,10 @@ VARIANTS: tuple[AttentionSpec, ...] = (
     Hydra(kernel="mean"),
     Hydra(kernel="aft"),
     Hydra(reference_tokens=64),
+    Hallucinated(),
+    Hallucinated(stage="logits", rank=2),
+    Hallucinated(rank="full", cross_map=True, exempt_prefix=False),
+    Hallucinated(layout="grid"),
 )
 # Prefix tokens and grid; the number of tokens N is their sum.
 TOKENS = {1: (0, (1, 1)), 2: (1, (1, 1)), 63: (0, (7, 9)), 197: (1, (14, 14))}

@@ -10,7 +10,7 @@ import manyheads as mh
 
 # fmt: off
 NAMES = [
-    "Compact", "Hydra", "Recipe", "Softmax", "Swap",
+    "Compact", "Hallucinated", "Hydra", "Recipe", "Softmax", "Swap",
     "convert", "cost", "load", "preview", "save",
 ]
 # fmt: on

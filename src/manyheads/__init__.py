@@ -10,7 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from manyheads.attention import Hallucinated as Hallucinated
     from manyheads.attention import Hydra as Hydra
+    from manyheads.attention import Interactive as Interactive
     from manyheads.attention import Softmax as Softmax
     from manyheads.checkpoint import load as load
     from manyheads.checkpoint import save as save
@@ -18,22 +20,30 @@ if TYPE_CHECKING:
     from manyheads.conversion import preview as preview
     from manyheads.costs import cost as cost
     from manyheads.ffn import Compact as Compact
+    from manyheads.healing import heal as heal
     from manyheads.recipe import Recipe as Recipe
     from manyheads.recipe import Swap as Swap
+    from manyheads.training import evaluate as evaluate
+    from manyheads.training import train as train
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Compact": "ffn",
+    "Hallucinated": "attention",
     "Hydra": "attention",
+    "Interactive": "attention",
     "Recipe": "recipe",
     "Softmax": "attention",
     "Swap": "recipe",
     "convert": "conversion",
     "cost": "costs",
+    "evaluate": "training",
+    "heal": "healing",
     "load": "checkpoint",
     "preview": "conversion",
     "save": "checkpoint",
+    "train": "training",
 }
 
 __all__ = sorted(_HOME)

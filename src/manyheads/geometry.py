@@ -5,6 +5,7 @@ letter  axis
 ======  =====================================================================
 ``B``   images in the batch
 ``N``   tokens, prefix tokens included
+``S``   tokens that keys and values come from: ``N`` unless the layer reduces them
 ``P``   prefix tokens: class token, distillation token, registers
 ``L``   landmarks
 ``H``   heads
@@ -45,6 +46,8 @@ class Geometry:
         scale: Factor on query-key products, ``1 / sqrt(K)`` unless the host differs.
         attention_dropout: Probability with which the host drops map entries in
             training.
+        reduced_keys: Keys and values ``S`` at the native image size where the layer
+            reduces them to fewer than its queries; None where every token has one.
     """
 
     dim: int
@@ -54,6 +57,7 @@ class Geometry:
     grid: Grid | None
     scale: float
     attention_dropout: float = 0.0
+    reduced_keys: int | None = None
 
     @property
     def attention_dim(self) -> int:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from manyheads.errors import CostError
-from manyheads.hosts import Host, Site, token_count
+from manyheads.geometry import Geometry, Grid
+from manyheads.hosts import Host, Site, mechanism_of, token_count
 from manyheads.surgery import blank_copy
 
 __all__ = ["BlockCost", "Ledger", "keep_books"]
@@ -158,6 +159,7 @@ class _Walk:
             (name for name, m in model.named_modules() if isinstance(m, nn.Linear)), 0
         )
         self.tokens: dict[str, tuple[int, int]] = {}
+        self.grids: dict[str, Grid] = {}
         self._hooks = ExitStack()
 
     def __enter__(self) -> None:
@@ -173,6 +175,9 @@ class _Walk:
             module = self.model.get_submodule(site.attention_path)
             note = self._note_tokens(site.attention_path)
             self._hook(module, note, with_kwargs=True)
+            core = mechanism_of(module)
+            if core is not None and core.needs_grid:
+                self._hook(core, self._note_grid(site.attention_path))
 
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
@@ -180,7 +185,7 @@ class _Walk:
     def book(self, site: Site) -> BlockCost:
         """Turn the notes on one site into its closed-form cost."""
         images, num_tokens = self.tokens[site.attention_path]
-        core = site.attention.core_cost(site.geometry, num_tokens)
+        core = site.attention.core_cost(self._geometry(site), num_tokens)
         mixing = site.attention_parts or (site.attention_path,)
         home = (site.ffn_path or "").rpartition(".")[0]
         feed_forward = site.ffn_parts or ((home,) if home else ())
@@ -199,6 +204,11 @@ class _Walk:
             feed_forward=self._within(feed_forward),
             elementwise=images * core.elementwise,
         )
+
+    def _geometry(self, site: Site) -> Geometry:
+        """Give the layer's sizes with the token grid of this walk, where it was met."""
+        grid = self.grids.get(site.attention_path, site.geometry.grid)
+        return replace(site.geometry, grid=grid)
 
     def _within(
         self, paths: tuple[str, ...], *, but: str = "none", rows: int = 0
@@ -242,6 +252,13 @@ class _Walk:
         # torch's own layer holds its matrices itself and calls no linear layer.
         def note(_: nn.MultiheadAttention, args: tuple[Tensor, ...], __: Any) -> None:
             self.linear[f"{path}.out_proj"] += args[0].numel() * 4 * args[0].shape[-1]
+
+        return note
+
+    def _note_grid(self, path: str) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
+            *_qkv_and_mask, grid = args
+            self.grids[path] = grid
 
         return note
 

@@ -76,7 +76,7 @@ class Mechanism(nn.Module, ABC):
         accepts_pair_mask: Whether masks that differ between queries can be honoured.
     """
 
-    needs_grid: ClassVar[bool] = False
+    needs_grid: bool = False
     accepts_pair_mask: ClassVar[bool] = False
 
     def __init__(self, spec: AttentionSpec, geometry: Geometry) -> None:
@@ -88,9 +88,9 @@ class Mechanism(nn.Module, ABC):
     def forward(
         self,
         q: Float[Tensor, "B N Hq K"],
-        k: Float[Tensor, "B N Hq K"],
-        v: Float[Tensor, "B N H K"],
-        mask: Bool[Tensor, "B N"] | Tensor | None = None,
+        k: Float[Tensor, "B S Hq K"],
+        v: Float[Tensor, "B S H K"],
+        mask: Bool[Tensor, "B S"] | Tensor | None = None,
         grid: Grid | None = None,
     ) -> Float[Tensor, "B N H K"]:
         """Mix the values; True in `mask` keeps a key.
@@ -103,18 +103,18 @@ class Mechanism(nn.Module, ABC):
     def maps(
         self,
         q: Float[Tensor, "B N Hq K"],
-        k: Float[Tensor, "B N Hq K"],
-        mask: Bool[Tensor, "B N"] | Tensor | None = None,
+        k: Float[Tensor, "B S Hq K"],
+        mask: Bool[Tensor, "B S"] | Tensor | None = None,
         grid: Grid | None = None,
-    ) -> Float[Tensor, "B M N N"]:
+    ) -> Float[Tensor, "B M N S"]:
         """Build the maps that ``forward`` applies, [query, key]; O(M N^2) memory."""
 
     def reference(
         self,
         q: Float[Tensor, "B N Hq K"],
-        k: Float[Tensor, "B N Hq K"],
-        v: Float[Tensor, "B N H K"],
-        mask: Bool[Tensor, "B N"] | Tensor | None = None,
+        k: Float[Tensor, "B S Hq K"],
+        v: Float[Tensor, "B S H K"],
+        mask: Bool[Tensor, "B S"] | Tensor | None = None,
         grid: Grid | None = None,
     ) -> Float[Tensor, "B N H K"]:
         """Do what ``forward`` does by building the maps and applying them."""
@@ -126,7 +126,7 @@ class Mechanism(nn.Module, ABC):
 
 
 def apply_maps(
-    maps: Float[Tensor, "B M N N"], v: Float[Tensor, "B N H K"]
+    maps: Float[Tensor, "B M N S"], v: Float[Tensor, "B S H K"]
 ) -> Float[Tensor, "B N H K"]:
     """Let each map mix its share of the value features.
 
@@ -135,10 +135,9 @@ def apply_maps(
 
         out[n, m-th run] = sum_j maps[m, n, j] v[j, m-th run]
     """
-    B, N, H, K = v.shape
-    runs = v.reshape(B, N, maps.shape[1], -1)  # [B, N, M, D / M]
+    runs = v.reshape(*v.shape[:2], maps.shape[1], -1)  # [B, S, M, D / M]
     mixed = torch.einsum("bmij,bjmd->bimd", maps.to(v.dtype), runs)
-    return mixed.reshape(B, N, H, K)
+    return mixed.reshape(*mixed.shape[:2], *v.shape[2:])
 
 
 def key_mask_of(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from manyheads.attention.base import AttentionSpec, CoreCost, Mechanism, apply_maps
 from manyheads.geometry import Geometry, Grid
 
-__all__ = ["Softmax", "SoftmaxAttention", "softmax_maps"]
+__all__ = ["Softmax", "SoftmaxAttention", "masked_softmax", "softmax_maps"]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -37,14 +37,15 @@ class Softmax(AttentionSpec):
         return SoftmaxAttention(self, geometry)
 
     def core_cost(self, geometry: Geometry, num_tokens: int) -> CoreCost:
-        """Count ``2 N^2 D``: one product makes the maps, one applies them."""
-        return CoreCost(attention=2 * num_tokens**2 * geometry.attention_dim)
+        """Count ``2 N S D``: one product makes the maps, one applies them."""
+        pairs = num_tokens * (geometry.reduced_keys or num_tokens)
+        return CoreCost(attention=2 * pairs * geometry.attention_dim)
 
 
 class SoftmaxAttention(Mechanism):
     """Fused softmax attention through torch's own kernels.
 
-    Cost: O(N^2 D) time; memory O(N D) with the fused kernels, O(H N^2) for ``maps``.
+    Cost: O(N S D) time; memory O(N D) with the fused kernels, O(H N S) for ``maps``.
     """
 
     accepts_pair_mask = True
@@ -52,9 +53,9 @@ class SoftmaxAttention(Mechanism):
     def forward(
         self,
         q: Float[Tensor, "B N H K"],
-        k: Float[Tensor, "B N H K"],
-        v: Float[Tensor, "B N H K"],
-        mask: Bool[Tensor, "B N"] | Tensor | None = None,
+        k: Float[Tensor, "B S H K"],
+        v: Float[Tensor, "B S H K"],
+        mask: Bool[Tensor, "B S"] | Tensor | None = None,
         grid: Grid | None = None,
     ) -> Float[Tensor, "B N H K"]:
         """Mix the values; any mask that broadcasts to [B, H, N, N] is honoured."""
@@ -72,19 +73,19 @@ class SoftmaxAttention(Mechanism):
     def maps(
         self,
         q: Float[Tensor, "B N H K"],
-        k: Float[Tensor, "B N H K"],
-        mask: Bool[Tensor, "B N"] | Tensor | None = None,
+        k: Float[Tensor, "B S H K"],
+        mask: Bool[Tensor, "B S"] | Tensor | None = None,
         grid: Grid | None = None,
-    ) -> Float[Tensor, "B H N N"]:
+    ) -> Float[Tensor, "B H N S"]:
         """Build the maps; a query whose keys are all masked attends to nothing."""
         return softmax_maps(q, k, self.geometry.scale, mask)
 
     def reference(
         self,
         q: Float[Tensor, "B N H K"],
-        k: Float[Tensor, "B N H K"],
-        v: Float[Tensor, "B N H K"],
-        mask: Bool[Tensor, "B N"] | Tensor | None = None,
+        k: Float[Tensor, "B S H K"],
+        v: Float[Tensor, "B S H K"],
+        mask: Bool[Tensor, "B S"] | Tensor | None = None,
         grid: Grid | None = None,
     ) -> Float[Tensor, "B N H K"]:
         """Do what ``forward`` does outside of training (no map entry is dropped)."""
@@ -93,17 +94,24 @@ class SoftmaxAttention(Mechanism):
 
 def softmax_maps(
     q: Float[Tensor, "B N H K"],
-    k: Float[Tensor, "B N H K"],
+    k: Float[Tensor, "B S H K"],
     scale: float,
     mask: Tensor | None = None,
-) -> Float[Tensor, "B H N N"]:
+) -> Float[Tensor, "B H N S"]:
     """Build every head's map, rows over queries and columns over keys.
 
         maps[h, n, m] = softmax_m(scale * <q[n, h], k[m, h]>)
 
-    Cost: O(H N^2 K) time, O(H N^2) memory.
+    Cost: O(H N S K) time, O(H N S) memory.
     """
     scores = scale * torch.einsum("bnhk,bmhk->bhnm", q, k)
+    return masked_softmax(scores, mask)
+
+
+def masked_softmax(
+    scores: Float[Tensor, "B H N S"], mask: Tensor | None
+) -> Float[Tensor, "B H N S"]:
+    """Make maps of scores; what is masked weighs nothing, even where all of it is."""
     pairs = _pair_mask(mask)
     if pairs is None:
         return scores.softmax(dim=-1)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from manyheads.attention import AttentionSpec, Mechanism
-from manyheads.errors import ManyheadsError
+from manyheads.errors import ManyheadsError, SwapRefused
 from manyheads.ffn import FeedForwardSpec
 from manyheads.geometry import Geometry, Grid
 
@@ -106,6 +107,19 @@ class Host(ABC):
         The old module must not be used afterwards: its children move to the new one.
         """
 
+    def permute_heads(self, model: nn.Module, site: Site, order: Sequence[int]) -> None:
+        """Put the heads of a layer in another order, in place; no output changes.
+
+        Raises:
+            SwapRefused: This host's layers keep the order they have.
+        """
+        raise SwapRefused(
+            asked=f"choosing the real heads of block {site.index} from images",
+            found=f"heads of {self.name} models keep their order",
+            where=site.attention_path,
+            fix="Convert without images: the first half of the heads is real then.",
+        )
+
     @abstractmethod
     def track_grid(self, model: nn.Module) -> None:
         """Tell every mechanism that needs it the token grid of the current image."""
@@ -175,6 +189,10 @@ class TokenGrid:
 
     def __init__(self) -> None:
         self.grid: Grid | None = None
+
+    def __reduce__(self) -> tuple[type[TokenGrid], tuple[()]]:
+        """Copy and pickle without the grid: of a traced image it is symbols."""
+        return TokenGrid, ()
 
     def __call__(self) -> Grid | None:
         """Give the grid of the image that was embedded last."""

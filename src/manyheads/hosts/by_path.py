@@ -152,7 +152,6 @@ def _site(model: nn.Module, index: int, path: str) -> Site:
         attention=core.spec if core else Softmax(),
         ffn=None,
         renamed=core is not None,
-        fixed_query_heads="layers named by path are taken whole",
     )
 
 

@@ -17,6 +17,7 @@ from manyheads.ffn import CompactLinear
 from manyheads.geometry import Geometry, Grid, fit_to_patches
 from manyheads.hosts import hf_attention
 from manyheads.hosts.base import Host, ImageInput, Site, TokenGrid, mechanism_of
+from manyheads.hosts.heads import build_core
 from manyheads.hosts.hf_names import (
     MODELS,
     REASONS,
@@ -77,7 +78,8 @@ class HuggingFaceViT(Host):
         """Give the library's attention module a mechanism and have it called."""
         hf_attention.register()
         attention: Any = model.get_submodule(site.attention_path)
-        attention.core = spec.build(site.geometry).train(attention.training)
+        like = first_of(attention, "q_proj", "query").weight
+        attention.core = build_core(spec, site.geometry, like)
         # One configuration serves the whole tower, and no other.
         attention.config._attn_implementation = hf_attention.NAME
         return attention  # type: ignore[no-any-return]

@@ -20,6 +20,7 @@ from manyheads.attention import AttentionSpec, Mechanism, Softmax
 from manyheads.ffn import CompactLinear
 from manyheads.geometry import Geometry, fit_to_patches
 from manyheads.hosts.base import Host, ImageInput, Site, TokenGrid, mechanism_of
+from manyheads.hosts.heads import build_core
 from manyheads.hosts.timm_vit import TimmViT, _output_path
 
 __all__ = ["TimmRope", "TimmRopeAttention"]
@@ -68,9 +69,9 @@ class TimmRopeAttention(nn.Module):
         k_bias = getattr(source, "k_bias", None)
         self.register_buffer("k_bias", k_bias, persistent=False)
         self.q_norm, self.k_norm = source.q_norm, source.k_norm
-        self.core = spec.build(geometry)
-        self.norm, self.gate = source.norm, source.gate
         self.proj, self.proj_drop = source.proj, source.proj_drop
+        self.core = build_core(spec, geometry, self.proj.weight)
+        self.norm, self.gate = source.norm, source.gate
         self.token_grid: TokenGrid | None = None
 
     def forward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,13 @@ from manyheads.errors import CheckpointError, ImageSizeError, MaskRefused
 from manyheads.ffn import CompactLinear
 from manyheads.geometry import Geometry, fit_to_patches
 from manyheads.hosts.base import Host, ImageInput, Site, TokenGrid, mechanism_of
+from manyheads.hosts.heads import (
+    build_core,
+    first_rows,
+    head_index,
+    permute_inputs,
+    permute_outputs,
+)
 
 __all__ = ["TimmAttention", "TimmViT"]
 
@@ -58,9 +66,9 @@ class TimmAttention(nn.Module):
         self.num_heads, self.head_dim = geometry.num_heads, geometry.head_dim
         self.attn_dim, self.scale = geometry.attention_dim, geometry.scale
         self.query_heads = spec.num_query_heads(geometry)
-        self.qkv = source.qkv
+        self.qkv = self._projecting(source.qkv)
         self.q_norm, self.k_norm = source.q_norm, source.k_norm
-        self.core = spec.build(geometry)
+        self.core = build_core(spec, geometry, self.qkv.weight)
         self.norm, self.gate = source.norm, source.gate
         self.proj, self.proj_drop = source.proj, source.proj_drop
         self.token_grid: TokenGrid | None = None
@@ -92,6 +100,14 @@ class TimmAttention(nn.Module):
             mixed = mixed * self.gate(x).sigmoid()
         projected: Tensor = self.proj_drop(self.proj(mixed))
         return projected
+
+    def _projecting(self, qkv: nn.Linear) -> nn.Linear:
+        """Keep the first heads of queries and keys, as many as the mechanism takes."""
+        query_dim = self.query_heads * self.head_dim
+        if qkv.out_features == 2 * query_dim + self.attn_dim:
+            return qkv
+        runs = ((0, query_dim), (self.attn_dim, query_dim))
+        return first_rows(qkv, (*runs, (2 * self.attn_dim, self.attn_dim)))
 
     def _refuse_additive(self, mask: Tensor) -> None:
         if mask.dtype is torch.bool or self.core.accepts_pair_mask:
@@ -147,6 +163,16 @@ class TimmViT(Host):
         source = model.get_submodule(site.attention_path)
         return TimmAttention(source, site.geometry, spec)
 
+    def permute_heads(self, model: nn.Module, site: Site, order: Sequence[int]) -> None:
+        """Reorder rows of the packed projection and the gate, columns of the output."""
+        layer: Any = model.get_submodule(site.attention_path)
+        index = head_index(order, site.geometry.head_dim)
+        permute_outputs(layer.qkv, head_index(order, site.geometry.head_dim, parts=3))
+        permute_outputs(layer.norm, index)
+        if layer.gate is not None:
+            permute_outputs(layer.gate, index)
+        permute_inputs(layer.proj, index)
+
     def track_grid(self, model: Any) -> None:
         """Hook the patch embedding where a mechanism asks for the grid."""
         layers = [m for m in model.modules() if isinstance(m, TimmAttention)]
@@ -154,7 +180,8 @@ class TimmViT(Host):
         known = next((m.token_grid for m in layers if m.token_grid is not None), None)
         if waiting and known is None:
             known = TokenGrid()
-            model.patch_embed.register_forward_pre_hook(known.watch_patches)
+            embed = _trunk(model).patch_embed
+            embed.register_forward_pre_hook(known.watch_patches)
         for layer in waiting:
             layer.token_grid = known
 
@@ -272,7 +299,14 @@ def _site(model: nn.Module, index: int, path: str, attention: Any) -> Site:
     )
 
 
+def _trunk(model: Any) -> Any:
+    """Look through timm's wrapper for features (`features_only=True`)."""
+    wrapper = type(model).__name__ == "FeatureGetterNet"
+    return model.model if wrapper else model
+
+
 def _geometry(model: nn.Module, attention: Any) -> Geometry:
+    model = _trunk(model)
     embed = getattr(model, "patch_embed", None)
     plain = hasattr(model, "blocks") and hasattr(embed, "grid_size")
     grid = getattr(embed, "grid_size", None) if plain else None

@@ -1,0 +1,22 @@
+"""Train a small ViT on digits, make its attention Hydra, heal it, keep it."""
+
+import timm
+
+import manyheads as mh
+from manyheads.data import digits
+
+train, test = digits(image_size=32)
+teacher = timm.create_model("deit_tiny_patch16_224", img_size=32, num_classes=10)
+mh.train(teacher, train, epochs=1)
+
+recipe = mh.Recipe(mh.Swap(blocks=range(10, 12), attention=mh.Hydra()))
+print(mh.preview(teacher, recipe))  # nothing has changed yet
+
+student = mh.convert(teacher, recipe)  # the teacher is untouched
+print("before: ", mh.evaluate(teacher, test))
+print("swapped:", mh.evaluate(student, test))
+mh.heal(student, teacher, train[0], block_epochs=1, logit_epochs=1)
+print("healed: ", mh.evaluate(student, test))
+
+mh.save(student, "student")
+student = mh.load("student")

@@ -1,0 +1,66 @@
+"""Moves whole heads inside projections: what hosts need to reorder or drop some."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from manyheads.attention import AttentionSpec, Mechanism
+from manyheads.geometry import Geometry
+
+__all__ = [
+    "build_core",
+    "first_rows",
+    "head_index",
+    "permute_inputs",
+    "permute_outputs",
+]
+
+
+def build_core(spec: AttentionSpec, geometry: Geometry, like: Tensor) -> Mechanism:
+    """Make a mechanism whose parameters have the type and device of a projection."""
+    return spec.build(geometry).to(device=like.device, dtype=like.dtype)
+
+
+def first_rows(linear: nn.Linear, rows: Sequence[tuple[int, int]]) -> nn.Linear:
+    """Keep some output features of a projection, given as (start, count) runs.
+
+    Args:
+        linear: The projection; it is not changed, its tensors are not shared.
+        rows: Runs of output features, in the order in which they are to stand.
+    """
+    size = sum(count for _, count in rows)
+    made = nn.Linear(
+        linear.in_features, size, bias=linear.bias is not None, device="meta"
+    )
+    for name, tensor in linear.named_parameters():
+        kept = torch.cat([tensor.detach().narrow(0, *run) for run in rows])
+        setattr(made, name, nn.Parameter(kept, requires_grad=tensor.requires_grad))
+    return made.train(linear.training)
+
+
+def head_index(order: Sequence[int], width: int, *, parts: int = 1) -> Tensor:
+    """Give the feature order that puts heads in this order, in each of some parts.
+
+    A packed projection [Q, K, V] has three parts, each with all heads side by side.
+    """
+    heads = torch.as_tensor(order)[:, None] * width + torch.arange(width)
+    size = len(order) * width
+    return torch.cat([heads.flatten() + part * size for part in range(parts)])
+
+
+@torch.no_grad()
+def permute_outputs(module: nn.Module, index: Tensor) -> None:
+    """Reorder in place what a layer puts out: rows of a matrix, entries of a norm."""
+    for tensor in module.parameters():
+        if tensor.shape[0] == len(index):
+            tensor.copy_(tensor[index.to(tensor.device)].clone())
+
+
+@torch.no_grad()
+def permute_inputs(linear: nn.Linear, index: Tensor) -> None:
+    """Reorder in place what a projection takes in: the columns of its matrix."""
+    weight = linear.weight
+    weight.copy_(weight[:, index.to(weight.device)].clone())

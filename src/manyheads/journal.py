@@ -1,0 +1,219 @@
+"""The folder of a run: what it is, how far it got, and how to go on from there.
+
+    run/run.json                       the configuration; another one is refused
+    run/step-120.0/model.safetensors   the weights
+    run/step-120.0/state.pt            optimiser and position, tensors and plain values
+    run/step-120.0/sums.json           digests of the two, written last
+
+A step is written under another name and moved to its place when it is whole and on
+the disk, so that a process that dies while writing leaves the step before it. Reading
+runs nobody's code.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from manyheads.errors import CheckpointError
+
+__all__ = ["Journal"]
+
+FORMAT, VERSION = "manyheads.run", 1
+CARD, WEIGHTS, STATE, SUMS = "run.json", "model.safetensors", "state.pt", "sums.json"
+_DRAFT = ".writing-"
+
+
+class Journal:
+    """Reads and writes the folder of one run; one process at a time.
+
+    Args:
+        folder: The folder; made if it is not there.
+        config: What the run is, as JSON values. A folder of another run is refused.
+
+    Raises:
+        CheckpointError: The folder belongs to another run or to something else, is in
+            use by another process, or cannot be written.
+    """
+
+    def __init__(self, folder: str | Path, config: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.config = json.loads(json.dumps(config))
+        if self.folder.exists() and not self.folder.is_dir():
+            raise self._error("it is a file", "Choose another run_dir.")
+        foreign = self.folder.is_dir() and any(
+            not entry.name.startswith(".") for entry in self.folder.iterdir()
+        )
+        if foreign and not (self.folder / CARD).is_file():
+            raise self._error(
+                "it holds something that is no run",
+                "Choose a new or an empty folder as run_dir.",
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock()
+            self._remove_drafts()
+            if foreign:
+                self._require_same_config()
+            else:
+                self._write_card()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def close(self) -> None:
+        """Let other processes use the folder."""
+        self._lock.close()
+
+    def write(self, model: nn.Module, position: int, state: dict[str, Any]) -> None:
+        """Keep weights and state of a step; the step kept before is removed.
+
+        Args:
+            model: Its whole state dict is kept.
+            position: Steps done so far in the whole run.
+            state: Tensors and plain values.
+
+        Raises:
+            CheckpointError: The folder cannot be written; the step before is there.
+        """
+        earlier = self._steps()
+        again = sum(_position(step)[0] == position for step in earlier)
+        target = self.folder / f"step-{position}.{again}"
+        draft = self.folder / f"{_DRAFT}{position}"
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+            save_model(model, str(draft / WEIGHTS))
+            torch.save(state, draft / STATE)
+            sums = {name: _digest(draft / name) for name in (WEIGHTS, STATE)}
+            (draft / SUMS).write_text(json.dumps(sums), encoding="utf-8")
+            for file in draft.iterdir():
+                _flush(file)
+            draft.rename(target)
+            _flush(self.folder)
+            for step in earlier:
+                shutil.rmtree(step)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise self._unwritable(error) from error
+        finally:
+            self._remove_drafts()
+
+    def read(self, model: nn.Module) -> dict[str, Any] | None:
+        """Bring the model back to the last step kept; None if there is none yet.
+
+        Raises:
+            CheckpointError: The step was altered after it was written.
+        """
+        steps = self._steps()
+        if not steps:
+            return None
+        last = steps[-1]
+        try:
+            sums = json.loads((last / SUMS).read_text(encoding="utf-8"))
+            whole = all(_digest(last / name) == sums[name] for name in (WEIGHTS, STATE))
+            if not whole:
+                raise ValueError("a file does not have the digest noted for it")
+            state: dict[str, Any] = torch.load(
+                last / STATE, map_location="cpu", weights_only=True
+            )
+            load_model(model, last / WEIGHTS, strict=True)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise self._error(
+                f"{last.name} is cut short or altered: {error}",
+                f"Remove {last} to start the run again.",
+            ) from error
+        return state
+
+    def _steps(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*.*"), key=_position)
+
+    def _write_card(self) -> None:
+        card = {"format": FORMAT, "version": VERSION, "config": self.config}
+        draft = self.folder / f"{_DRAFT}{CARD}"
+        draft.write_text(json.dumps(card, indent=2), encoding="utf-8")
+        _flush(draft)
+        draft.rename(self.folder / CARD)
+
+    def _require_same_config(self) -> None:
+        try:
+            card = json.loads((self.folder / CARD).read_text(encoding="utf-8"))
+            known = card["format"] == FORMAT and card["version"] == VERSION
+            there = card["config"] if known else None
+        except (ValueError, KeyError, TypeError):
+            there = None
+        if not isinstance(there, dict):
+            raise self._error(
+                f"{CARD} is not of the format {FORMAT!r} version {VERSION}",
+                "Choose a new folder as run_dir.",
+            )
+        differing = sorted(
+            name
+            for name in there.keys() | self.config.keys()
+            if there.get(name) != self.config.get(name)
+        )
+        if differing:
+            told = "; ".join(
+                f"{name} was {there.get(name)!r} and is {self.config.get(name)!r}"
+                for name in differing
+            )
+            raise self._error(
+                f"it belongs to another run: {told}",
+                "Choose a new folder, or call it as it was called before.",
+            )
+
+    def _take_lock(self) -> IO[str]:
+        lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise self._error(
+                "another process is running in it",
+                "Wait for it to end, or choose another run_dir.",
+            ) from error
+        return lock
+
+    def _remove_drafts(self) -> None:
+        for draft in self.folder.glob(f"{_DRAFT}*"):
+            if draft.is_dir():
+                shutil.rmtree(draft, ignore_errors=True)
+            else:
+                draft.unlink(missing_ok=True)
+
+    def _unwritable(self, error: Exception) -> CheckpointError:
+        return self._error(
+            f"it cannot be written: {error}",
+            "Free space or choose another run_dir; the last step kept is as it was.",
+        )
+
+    def _error(self, found: str, fix: str) -> CheckpointError:
+        return CheckpointError(asked=f"run_dir={self.folder}", found=found, fix=fix)
+
+
+def _position(step: Path) -> tuple[int, int]:
+    """Read steps done and the number of the writing from a folder's name."""
+    done, _, again = step.name.removeprefix("step-").partition(".")
+    return (int(done), int(again)) if (done + again).isdigit() else (-1, 0)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,319 @@
+"""Hallucinated attention's two tools: blended tokens, and values of any width.
+
+The slow twins are `manyheads.attention.blending.blend_maps`, which convolves maps in
+place of tokens, and `manyheads.attention.softmax.softmax_maps` applied to the values.
+
+On probabilities the values are wider than the queries. torch's fused attention on CPU
+refuses that and takes, in silence, the path that builds the whole map. Three forms do
+without; `choose_form` is the one place where one is picked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+__all__ = ["Form", "attend", "blend_tokens", "choose_form", "wide_attention"]
+
+Form = Literal["fused", "chunked", "padded", "calls"]
+
+_BLOCK_ELEMENTS = 2**20
+_BLOCK_ROWS = (64, 256)
+_FLASH_WIDTH = 256
+
+
+def blend_tokens(
+    x: Tensor, kernel: Tensor, prefix: int, cells: tuple[int, int] | None
+) -> Tensor:
+    """Convolve tokens along the sequence or around the grid, one kernel per lane.
+
+        out[n] = sum_t kernel[t] x[n + t - centre]        zeros beyond the ends
+
+    Prefix tokens pass through the first term and are absent from the others, so that
+    the sum over terms holds them once.
+
+    Cost: one multiply-add a tap and feature, in shifted reads of one padded copy.
+
+    Args:
+        x: Tokens [B, N, L, T, W]; L and T may be 1 and are then shared.
+        kernel: Taps of each lane and term [L, T, taps].
+        prefix: Tokens at the start that are not blended.
+        cells: Rows and columns of the others; None for the sequence.
+
+    Returns:
+        Blended tokens [B, N, L, T, W].
+    """
+    weights = kernel.to(x.dtype)[..., None].unbind(2)  # taps of [L, T, 1]
+    patches = x[:, prefix:]
+    if cells is None:
+        half = len(weights) // 2
+        padded = F.pad(patches, (0,) * 6 + (half, half))
+        count = patches.shape[1]
+        shifts = [padded[:, tap : tap + count] for tap in range(len(weights))]
+    else:
+        pictures = patches.reshape(x.shape[0], *cells, *x.shape[2:])
+        shifts = _around(pictures, math.isqrt(len(weights)))
+    blended = shifts[0] * weights[0]
+    for shifted, weight in zip(shifts[1:], weights[1:], strict=True):
+        blended = torch.addcmul(blended, shifted, weight)
+    if cells is not None:
+        blended = blended.flatten(1, 2)
+    if prefix == 0:
+        return blended
+    passed = x[:, :prefix].expand(-1, -1, *blended.shape[2:])
+    once = x.new_zeros(kernel.shape[1], 1)
+    once[0] = 1
+    return torch.cat([passed * once, blended], dim=1)
+
+
+def _around(patches: Tensor, side: int) -> list[Tensor]:
+    """Read a grid of tokens at every shift of a square kernel, row by row."""
+    half = side // 2
+    padded = F.pad(patches, (0,) * 6 + (half, half, half, half))
+    rows, columns = patches.shape[1:3]
+    return [
+        padded[:, down : down + rows, right : right + columns]
+        for down in range(side)
+        for right in range(side)
+    ]
+
+
+def choose_form(q: Tensor, v: Tensor) -> Form:
+    """Pick how to attend, by device, type and widths.
+
+    - "fused", one call of torch's attention: equal widths anywhere; unequal ones on
+      CUDA in float32, where the memory-efficient kernel takes them, and in exported
+      programs, which must run where this package is not installed.
+    - "padded", queries and keys filled with zeros up to the values' width: half types
+      on CUDA, where only equal widths reach the flash kernel.
+    - "chunked", plain matrix products over blocks of queries: everywhere else. On CPU
+      it was the fastest of the three wherever it was measured.
+    - "calls", one fused call per run of value features: never the fastest; kept so
+      that it can be measured.
+    """
+    narrow, wide = q.shape[-1], v.shape[-1]
+    if narrow == wide or torch.compiler.is_exporting():
+        return "fused"
+    if q.device.type == "cuda":
+        half = q.dtype in (torch.float16, torch.bfloat16)
+        return "padded" if half and max(narrow, wide) <= _FLASH_WIDTH else "fused"
+    return "chunked"
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    *,
+    form: Form | None = None,
+) -> Tensor:
+    """Mix values of any width: ``softmax(scale q k^T) v``.
+
+    Cost: O(N S) time per feature; memory O(N + S) in every form and on every device
+    on which torch's fused attention is fused.
+
+    Args:
+        q: Queries [B, N, H, E].
+        k: Keys [B, S, H, E].
+        v: Values [B, S, H, V], of the same type as q and k.
+        key_mask: True for keys that count [B, S], or None for all.
+        scale: Factor on query-key products.
+        form: See `choose_form`, which decides if this is None.
+
+    Returns:
+        Mixed values [B, N, H, V].
+    """
+    form = form or choose_form(q, v)
+    if form == "chunked":
+        mixed: Tensor = wide_attention(q, k, v, key_mask, scale)
+        return mixed
+    heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    pairs = None if key_mask is None else key_mask[:, None, None, :]
+    if form == "padded":
+        return _padded(*heads_first, pairs, scale)
+    if form == "calls":
+        return _calls(*heads_first, pairs, scale)
+    fused: Tensor = _fused(*heads_first, pairs, scale).transpose(1, 2)
+    return fused
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor | None, scale: float) -> Any:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=pairs, scale=scale)
+
+
+def _padded(
+    q: Tensor, k: Tensor, v: Tensor, pairs: Tensor | None, scale: float
+) -> Tensor:
+    """Fill the narrower side with zeros: they add nothing to a product."""
+    narrow, wide = q.shape[-1], v.shape[-1]
+    width = max(narrow, wide)
+    q, k = (F.pad(x, (0, width - narrow)) for x in (q, k))
+    mixed: Tensor = _fused(q, k, F.pad(v, (0, width - wide)), pairs, scale)
+    return mixed[..., :wide].transpose(1, 2)
+
+
+def _calls(
+    q: Tensor, k: Tensor, v: Tensor, pairs: Tensor | None, scale: float
+) -> Tensor:
+    """Mix the value features in runs of the queries' width, maps built each time."""
+    width = q.shape[-1]
+    runs = [v[..., start : start + width] for start in range(0, v.shape[-1], width)]
+    mixed = [_padded(q, k, run, pairs, scale) for run in runs]
+    return torch.cat(mixed, dim=-1)
+
+
+@torch.library.custom_op(
+    "manyheads::wide_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale) -> Tensor",
+)
+def wide_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
+) -> Tensor:
+    """Mix values of any width over blocks of queries; see `attend`.
+
+    Cost: the largest temporary holds one block of rows of the maps of one image, at
+    most 256 rows.
+    """
+    B, N, H, _ = q.shape
+    out = v.new_empty(B, N, H, v.shape[-1])
+    buffer = _buffer(q, k)
+    for image, rows in _blocks(q, k):
+        kept = None if key_mask is None else key_mask[image]
+        maps = _block_maps(q[image, rows], k[image], kept, scale, buffer)
+        values = v[image].transpose(0, 1)  # [H, S, V]
+        out[image, rows] = torch.bmm(maps.to(v.dtype), values).transpose(0, 1)
+    return out
+
+
+@wide_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+    return v.new_empty(*q.shape[:3], v.shape[-1])
+
+
+@torch.library.custom_op(
+    "manyheads::wide_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def wide_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the gradients of `wide_attention`; the maps are built again, in blocks.
+
+    With the map's rows p and their gradient g = grad v^T:
+
+        dv = p^T grad    ds = scale p (g - <p, g>)    dq = ds k    dk = ds^T q
+    """
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk = torch.zeros(k.shape, dtype=_wide(k.dtype), device=k.device)
+    dv = torch.zeros(v.shape, dtype=_wide(v.dtype), device=v.device)
+    buffer = _buffer(q, k)
+    for image, rows in _blocks(q, k):
+        kept = None if key_mask is None else key_mask[image]
+        maps = _block_maps(q[image, rows], k[image], kept, scale, buffer)
+        above = grad[image, rows].transpose(0, 1)  # [H, n, V]
+        narrow = maps.to(v.dtype)
+        dv[image] += torch.bmm(narrow.transpose(1, 2), above).transpose(0, 1)
+        pulled = torch.bmm(above, v[image].permute(1, 2, 0)).to(maps.dtype)
+        inner = (maps * pulled).sum(dim=-1, keepdim=True)
+        scores = pulled.sub_(inner).mul_(maps).mul_(scale).to(q.dtype)
+        dq[image, rows] = torch.bmm(scores, k[image].transpose(0, 1)).transpose(0, 1)
+        queries = q[image, rows].transpose(0, 1)
+        dk[image] += torch.bmm(scores.transpose(1, 2), queries).transpose(0, 1)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+@wide_attention_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, key_mask, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, key_mask)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    q, k, v, key_mask = ctx.saved_tensors
+    return *wide_attention_backward(grad, q, k, v, key_mask, ctx.scale), None, None
+
+
+wide_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice]]:
+    """Cut the queries of every image into blocks whose maps stay in the cache."""
+    B, N = q.shape[:2]
+    rows = _block_rows(q, k)
+    for image in range(B):
+        for start in range(0, N, rows):
+            yield image, slice(start, min(N, start + rows))
+
+
+def _block_rows(q: Tensor, k: Tensor) -> int:
+    least, most = _BLOCK_ROWS
+    return max(least, min(most, _BLOCK_ELEMENTS // max(1, q.shape[2] * k.shape[1])))
+
+
+def _buffer(q: Tensor, k: Tensor) -> Tensor:
+    """Make room for one block of maps, once: fresh memory costs a page fault a page."""
+    rows = min(q.shape[1], _block_rows(q, k))
+    return q.new_empty(q.shape[2] * rows * k.shape[1])
+
+
+def _block_maps(
+    q: Tensor, k: Tensor, kept: Tensor | None, scale: float, buffer: Tensor
+) -> Tensor:
+    """Build some rows of every head's map, [H, n, S]; softmax in float32 at least."""
+    shape = q.shape[1], q.shape[0], k.shape[0]
+    scores = buffer[: math.prod(shape)].view(shape)
+    queries, keys = q.transpose(0, 1), k.permute(1, 2, 0)
+    torch.baddbmm(scores, queries, keys, beta=0, alpha=scale, out=scores)
+    scores = scores.to(_wide(scores.dtype))
+    if kept is not None:
+        scores.masked_fill_(~kept, torch.finfo(scores.dtype).min)
+    maps = torch.softmax(scores, dim=-1, out=scores)
+    return maps if kept is None else maps.masked_fill_(~kept, 0.0)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _pairs(q: Any, k: Any) -> int:
+    B, N, H, _ = q
+    return int(B) * int(N) * int(H) * int(k[1])
+
+
+@register_flop_formula([torch.ops.manyheads.wide_attention])
+def _flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """One product makes the maps, one applies them; two FLOPs a multiply-add."""
+    return 2 * _pairs(q, k) * (int(q[-1]) + int(v[-1]))
+
+
+@register_flop_formula([torch.ops.manyheads.wide_attention_backward])
+def _backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """The maps again, and two products for each of the two that forward made."""
+    return 2 * _pairs(q, k) * (3 * int(q[-1]) + 2 * int(v[-1]))

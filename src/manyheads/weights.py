@@ -1,0 +1,70 @@
+"""Which weights may move, the last ones that were good, and what tells them apart."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Keeper", "fingerprint", "free_only", "keeping_modes"]
+
+
+class Keeper:
+    """Remembers the last weights whose loss was finite, at the cost of a copy."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = [
+            (n, p) for n, p in model.named_parameters() if p.requires_grad
+        ]
+        self.held: list[Tensor] = [p.detach() for _, p in self.parameters]
+        self.held += [b for b in model.buffers() if b.numel()]
+        self.kept = [tensor.clone() for tensor in self.held]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Remember what the model holds now."""
+        torch._foreach_copy_(self.kept, self.held)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the model what was remembered."""
+        torch._foreach_copy_(self.held, self.kept)
+
+    def first_broken(self) -> str | None:
+        """Name the first parameter that is not finite."""
+        return next((n for n, p in self.parameters if not p.isfinite().all()), None)
+
+
+@contextmanager
+def keeping_modes(*models: nn.Module) -> Iterator[None]:
+    """Give every module its training flag and every parameter its flag back."""
+    modules = [(m, m.training) for model in models for m in model.modules()]
+    parameters = [(p, p.requires_grad) for model in models for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, training in modules:
+            module.training = training
+        for parameter, requires_grad in parameters:
+            parameter.requires_grad_(requires_grad)
+
+
+def free_only(model: nn.Module, paths: tuple[str, ...]) -> None:
+    """Let the parameters of these modules move, and no others; "" is the model."""
+    model.requires_grad_(False)
+    for path in paths:
+        model.get_submodule(path).requires_grad_(True)
+
+
+def fingerprint(model: nn.Module, *, values: bool) -> str:
+    """Give a digest of all tensors: names, types and shapes, and values if asked."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        if values:
+            plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(plain.numpy().tobytes())
+    return digest.hexdigest()[:16]
