@@ -49,12 +49,15 @@ class Preview:
         parameters: Parameters of the whole model, before and after.
         flops: Multiply-adds of the whole model for one image, before and after.
         image_size: Height and width for which work was counted.
+        left_alone: Attention that is linear in tokens already (class attention,
+            attention pooling, channel attention) and by rule never converted.
     """
 
     rows: tuple[PreviewRow, ...]
     parameters: tuple[int, int]
     flops: tuple[int, int]
     image_size: tuple[int, int]
+    left_alone: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Give everything as JSON values."""
@@ -86,6 +89,7 @@ class Preview:
             f"whole model at {height}x{width}: {p0 / 1e6:.2f} -> {p1 / 1e6:.2f} M "
             f"parameters, {f0 / 1e9:.2f} -> {f1 / 1e9:.2f} GFLOPs (multiply-add = 1)"
         )
+        lines += [f"left alone, linear already: {layer}" for layer in self.left_alone]
         return "\n".join(lines)
 
 
@@ -123,6 +127,7 @@ def preview(
         parameters=(before.num_parameters, after.num_parameters),
         flops=(before.total, after.total),
         image_size=before.image_size,
+        left_alone=host.left_alone(model),
     )
 
 

@@ -234,12 +234,10 @@ def _difference(layer: Any) -> str | None:
     if not isinstance(expected, Tensor) or expected.ndim != 3:
         return f"it returns {type(expected).__name__}, not tokens [B, N, C]"
     actual = _swapped(ours, _geometry(ours), Softmax()).eval()(tokens)
-    error = (actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+    difference = (actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
     limit = _WIDEST_ERROR if weight.dtype in (torch.float32, torch.float64) else 0.05
-    if not bool(error <= limit):
-        return (
-            f"its identity swap differs by {float(error):.1e}: it does more than that"
-        )
+    if not bool(difference <= limit):
+        return f"its identity swap differs by {float(difference):.1e}: it does more"
     return None
 
 

@@ -72,6 +72,14 @@ class HuggingFaceViT(Host):
                 return reason
         return f"the blocks of {name} are not among those whose forward pass is known"
 
+    def left_alone(self, model: nn.Module) -> tuple[str, ...]:
+        """List attention pooling: one query, so that its work is linear in tokens."""
+        return tuple(
+            f"attention pooling ({type(module).__name__}) at {path}"
+            for path, module in model.named_modules()
+            if type(module).__name__.endswith("MultiheadAttentionPoolingHead")
+        )
+
     def swap_attention(
         self, model: nn.Module, site: Site, spec: AttentionSpec
     ) -> nn.Module:

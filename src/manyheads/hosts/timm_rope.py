@@ -180,6 +180,10 @@ class TimmRope(Host):
         """Say what `TimmViT` says."""
         return _TIMM.refusal(model)
 
+    def left_alone(self, model: nn.Module) -> tuple[str, ...]:
+        """List what `TimmViT` lists."""
+        return _TIMM.left_alone(model)
+
     def swap_attention(
         self, model: nn.Module, site: Site, spec: AttentionSpec
     ) -> nn.Module:
