@@ -50,7 +50,9 @@ def families() -> dict[str, list[str]]:
     """Group timm's registered models by the file that defines them."""
     grouped: dict[str, list[str]] = {}
     for name in timm.list_models():
-        module = timm.model_entrypoint(name).__module__.rpartition(".")[2]
+        package, _, module = timm.model_entrypoint(name).__module__.rpartition(".")
+        if package != "timm.models":
+            continue  # somebody else's, registered with timm: this package's own, too
         grouped.setdefault(module, []).append(name)
     return dict(sorted(grouped.items()))
 

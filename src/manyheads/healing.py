@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from manyheads.data import Images, ImageSource, image_source
+from manyheads.errors import InvalidOption
 from manyheads.loop import Run
 from manyheads.pairing import Pair
 from manyheads.stages import RunOptions, Stage, StageRecord, require_positive
@@ -100,15 +101,15 @@ def heal(
     block_epochs: int = 5,
     logit_epochs: int = 10,
     batch_size: int = 64,
-    block_learning_rate: float = 1e-3,
-    learning_rate: float = 5e-4,
-    weight_decay: float = 0.0,
-    warmup_epochs: float = 0.5,
-    temperature: float = 1.0,
-    feature_weight: float = 0.0,
-    max_grad_norm: float = 1.0,
+    block_learning_rate: float | int = 1e-3,
+    learning_rate: float | int = 5e-4,
+    weight_decay: float | int = 0.0,
+    warmup_epochs: float | int = 0.5,
+    temperature: float | int = 1.0,
+    feature_weight: float | int = 0.0,
+    max_grad_norm: float | int = 1.0,
     augment: bool = True,
-    max_unreadable: float = 0.1,
+    max_unreadable: float | int = 0.1,
     num_workers: int = 0,
     seed: int = 0,
     run_dir: str | Path | None = None,
@@ -258,6 +259,12 @@ def _result(run: Run, source: ImageSource, options: RunOptions) -> Healed:
 
 
 def _require_sound(config: dict[str, Any]) -> None:
+    if config["block_epochs"] == config["logit_epochs"] == 0:
+        raise InvalidOption(
+            asked="block_epochs=0, logit_epochs=0",
+            found="then there is nothing to do",
+            fix="Leave one of them out for the default.",
+        )
     for name in ("block_learning_rate", "learning_rate", "temperature"):
         require_positive(name, config[name])
     for name in (

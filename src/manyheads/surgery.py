@@ -14,7 +14,12 @@ import torch
 from torch import nn
 
 from manyheads.attention import AttentionSpec
-from manyheads.errors import InvalidRecipe, NothingToConvert, SwapRefused
+from manyheads.errors import (
+    GeometryMismatch,
+    InvalidRecipe,
+    NothingToConvert,
+    SwapRefused,
+)
 from manyheads.ffn import FeedForwardSpec
 from manyheads.hosts import Host, Site, replace_module
 from manyheads.recipe import Recipe, Swap
@@ -53,19 +58,23 @@ def plan_swaps(
         InvalidRecipe: Two swaps give the same part of a block.
         SwapRefused: A mechanism cannot carry what a layer does; all such layers are
             named together.
+        GeometryMismatch: Sizes of a mechanism and of layers do not fit each other.
     """
     _require_range(sites, recipe)
     attention = _assign(sites, recipe, "attention", lambda swap: swap.attention)
     ffn = _assign(sites, recipe, "ffn", lambda swap: swap.ffn)
-    operations, refused = [], []
+    operations, refused, misfits = [], [], []
     for site in sites:
         mixer, output = attention.get(site.index), ffn.get(site.index)
         left_alone = []
         if mixer and (reason := mixer.exempt(site.geometry)):
             left_alone.append(reason)
             mixer = None
-        if mixer and (reason := _attention_problem(site, mixer)):
-            refused.append(_refusal(site, site.attention_path, mixer, reason))
+        try:
+            if mixer and (reason := _attention_problem(site, mixer)):
+                refused.append(_refusal(site, site.attention_path, mixer, reason))
+        except GeometryMismatch as error:
+            misfits.append(_placed(error, site.attention_path))
         if output and site.ffn_path is None:
             left_alone.append("no feed-forward layer that could be swapped")
             output = None
@@ -82,6 +91,8 @@ def plan_swaps(
             )
     if refused:
         raise SwapRefused.many(refused)
+    if misfits:
+        raise GeometryMismatch.many(misfits)
     if not any(op.attention or op.ffn for op in operations):
         raise NothingToConvert(
             asked=f"the recipe {recipe}",
@@ -203,6 +214,13 @@ def _ffn_problem(model: nn.Module, site: Site, spec: FeedForwardSpec) -> str | N
     if not isinstance(output, nn.Linear):
         return f"it already is {site.ffn}; convert the original model instead"
     return spec.problem(output)
+
+
+def _placed(error: GeometryMismatch, path: str) -> GeometryMismatch:
+    """Say where; a spec does not know the path of the layer it is asked about."""
+    return GeometryMismatch(
+        asked=error.asked, found=error.found, fix=error.fix, why=error.why, where=path
+    )
 
 
 def _refusal(site: Site, path: str, spec: Spec, reason: str) -> SwapRefused:

@@ -15,6 +15,7 @@ from manyheads.hosts.base import (
 )
 from manyheads.hosts.by_path import ByPath
 from manyheads.hosts.hf_vit import HuggingFaceViT
+from manyheads.hosts.own import OwnBackbone
 from manyheads.hosts.timm_rope import TimmRope
 from manyheads.hosts.timm_vit import TimmViT
 from manyheads.hosts.torchvision_vit import TorchvisionViT
@@ -36,6 +37,7 @@ HOSTS: tuple[Host, ...] = (
     TimmViT(),
     HuggingFaceViT(),
     TorchvisionViT(),
+    OwnBackbone(),
     ByPath(),
 )
 

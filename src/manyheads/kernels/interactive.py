@@ -114,7 +114,7 @@ def attend(
         from_marks * scale, heads_k, mixes.before_keys, _over_rows(kept)
     )
     gathered = [
-        _mix(mixes.after_keys, weights) @ values
+        _mix(mixes.after_keys, weights).to(v.dtype) @ values
         for weights, values in zip(
             _split(over_tokens, step, dim=3), _split(heads_v, step, dim=2), strict=True
         )
@@ -127,7 +127,7 @@ def attend(
             _mix(
                 mixes.after_queries,
                 _weights(part, to_marks, mixes.before_queries, _over_rows(marked)),
-            )
+            ).to(v.dtype)
             @ summary
         ).transpose(1, 2)
         for part in _split(heads_q, step, dim=2)
@@ -215,15 +215,18 @@ def _weights(
     before: Tensor | None,
     kept: Bool[Tensor, "B 1 1 J"] | None,
 ) -> Float[Tensor, "B H I J"]:
-    """Softmax over columns, in float32 for half types; a row without any is zero."""
-    scores = _mix(before, rows @ columns.mT)
-    dtype = scores.dtype
-    if dtype in (torch.float16, torch.bfloat16):
+    """Softmax over columns; a row without any is zero.
+
+    Half types leave here as float32, so that mixing heads rounds nothing.
+    """
+    scores = rows @ columns.mT
+    if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
+    scores = _mix(before, scores)
     if kept is None:
-        return _softmax(scores).to(dtype)
+        return _softmax(scores)
     scores = scores.masked_fill(~kept, torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1).masked_fill(~kept, 0.0).to(dtype)
+    return scores.softmax(dim=-1).masked_fill(~kept, 0.0)
 
 
 def _softmax(scores: Float[Tensor, "B H I J"]) -> Float[Tensor, "B H I J"]:
