@@ -21,7 +21,7 @@ from manyheads.ffn import CompactLinear
 from manyheads.geometry import Geometry, fit_to_patches
 from manyheads.hosts.base import Host, ImageInput, Site, TokenGrid, mechanism_of
 from manyheads.hosts.heads import build_core, first_rows
-from manyheads.hosts.timm_vit import TimmViT, _output_path
+from manyheads.hosts.timm_vit import TimmViT, _output_path, _trunk
 
 __all__ = ["TimmRope", "TimmRopeAttention"]
 
@@ -214,9 +214,10 @@ class TimmRope(Host):
         cell = (merged * embed.patch_size[0], merged * embed.patch_size[1])
         actual = fit_to_patches(image_size, cell)
         native = tuple(embed.img_size or actual)
-        fixed = hasattr(model, "set_input_size") and not model.dynamic_img_size
+        trunk: Any = _trunk(model)
+        fixed = hasattr(trunk, "set_input_size") and not trunk.dynamic_img_size
         if fixed and actual != native:
-            model.set_input_size(img_size=actual)
+            trunk.set_input_size(img_size=actual)
         return actual
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
@@ -256,7 +257,8 @@ def _groups(attention: nn.Module) -> bool:
 
 def _encoder(model: Any) -> Any:
     """Find what embeds patches: the model, or the encoder that a classifier wraps."""
-    return model if hasattr(model, "patch_embed") else model.encoder
+    trunk = _trunk(model)
+    return trunk if hasattr(trunk, "patch_embed") else trunk.encoder
 
 
 def _patch_embed(model: Any) -> Any:
