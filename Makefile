@@ -27,7 +27,7 @@ lint: $(STAMP)  ## Format, style, spelling, arrows between modules, types
 	$(RUN) mypy
 
 docs: $(STAMP)  ## Build the documentation strictly, into site/
-	$(RUN) mkdocs build --strict --quiet
+	$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 wheel: $(STAMP)  ## Build the wheel and import every public name from it
 	rm -rf $(WHEEL) build/lib

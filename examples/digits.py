@@ -6,10 +6,12 @@ import manyheads as mh
 from manyheads.data import digits
 
 train, test = digits(image_size=32)
-teacher = timm.create_model("deit_tiny_patch16_224", img_size=32, num_classes=10)
+teacher = timm.create_model(
+    "vit_tiny_patch16_224", img_size=32, depth=4, num_classes=10
+)
 mh.train(teacher, train, epochs=1)
 
-recipe = mh.Recipe(mh.Swap(blocks=range(10, 12), attention=mh.Hydra()))
+recipe = mh.Recipe(mh.Swap(blocks=range(2, 4), attention=mh.Hydra()))
 print(mh.preview(teacher, recipe))  # nothing has changed yet
 
 student = mh.convert(teacher, recipe)  # the teacher is untouched

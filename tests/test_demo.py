@@ -11,8 +11,9 @@ from PIL import Image
 
 import manyheads as mh
 from manyheads.cli import main
-from manyheads.demo import Demo, demo
+from manyheads.demo import demo
 from manyheads.errors import CheckpointError
+from manyheads.findings import Demo
 
 
 @pytest.fixture(scope="module")

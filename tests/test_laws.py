@@ -20,6 +20,7 @@ from manyheads.attention import (
     AttentionSpec,
     Hallucinated,
     Hydra,
+    Interactive,
     Mechanism,
     Softmax,
 )
@@ -37,6 +38,10 @@ VARIANTS: tuple[AttentionSpec, ...] = (
     Hydra(kernel="mean"),
     Hydra(kernel="aft"),
     Hydra(reference_tokens=64),
+    Interactive(landmarks=(1, 1)),
+    Interactive(landmarks=(2, 2), mix="before"),
+    Interactive(landmarks=(4, 2), mix="both"),
+    Interactive(landmarks=(3, 2), mix="none"),
     Hallucinated(),
     Hallucinated(stage="logits", rank=2),
     Hallucinated(rank="full", cross_map=True, exempt_prefix=False),
@@ -185,16 +190,16 @@ def test_8_a_saved_model_comes_back_with_the_same_logits(
 def test_10_any_size_whose_grid_is_valid_runs(
     spec: AttentionSpec, size: tuple[int, int]
 ) -> None:
-    if not _fits(spec, size):
+    if not _fits(spec, (size[0] // 8, size[1] // 8)):
         pytest.skip("the grid is smaller than what the mechanism needs")
     model = tiny_vit(dynamic_img_size=True)
     student = mh.convert(model, mh.Recipe(mh.Swap(attention=spec)))
     assert student(torch.randn(1, 3, *size)).isfinite().all()
 
 
-def _fits(spec: AttentionSpec, size: tuple[int, int]) -> bool:
+def _fits(spec: AttentionSpec, grid: tuple[int, int]) -> bool:
     landmarks = getattr(spec, "landmarks", (1, 1))
-    return all(side // 8 >= n for side, n in zip(size, landmarks, strict=True))
+    return all(side >= n for side, n in zip(grid, landmarks, strict=True))
 
 
 def _case(
@@ -210,8 +215,9 @@ def _case(
         grid=grid,
         scale=6**-0.5,
     )
-    if (reason := spec.problem(geometry)) is not None:
-        pytest.skip(reason)
+    if not _fits(spec, grid):
+        pytest.skip("the grid is smaller than what the mechanism needs")
+    assert spec.problem(geometry) is None
     core = spec.build(geometry).to(dtype)
     for parameter in core.parameters():
         nn.init.normal_(parameter, std=0.5)

@@ -1,4 +1,4 @@
-"""The package imports with its required dependencies alone, and loads little."""
+"""The package imports with its required dependencies alone."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ import manyheads as mh
 
 # Blocks what the extras bring, as if they were not installed.
 BLOCKED = """
-import importlib.abc, sys
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {
-            "accelerate", "datasets", "sklearn", "scipy", "matplotlib", "transformers",
-            "onnx", "onnxruntime", "onnxscript", "pytest", "beartype", "hypothesis",
-        }:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
+import sys
+for name in (
+    "accelerate", "datasets", "sklearn", "scipy", "matplotlib", "transformers",
+    "onnx", "onnxruntime", "onnxscript", "pytest", "beartype", "hypothesis",
+):
+    sys.modules[name] = None
 """
 
 
@@ -44,8 +41,3 @@ def test_what_needs_an_extra_names_the_pip_line(tmp_path: Path) -> None:
     )
     assert 'pip install "manyheads[train]"' in said
     assert said.strip().endswith("2")
-
-
-def test_importing_the_package_loads_none_of_the_heavy_libraries() -> None:
-    loaded = _run("import sys, manyheads; print(*sys.modules)").split()
-    assert not {"timm", "torchvision", "sklearn", "matplotlib", "typer"} & set(loaded)

@@ -10,8 +10,8 @@ import manyheads as mh
 
 # fmt: off
 NAMES = [
-    "Compact", "Hallucinated", "Hydra", "Recipe", "Softmax", "Swap",
-    "convert", "cost", "load", "preview", "save",
+    "Compact", "Hallucinated", "Hydra", "Interactive", "Recipe", "Softmax", "Swap",
+    "bench", "convert", "cost", "evaluate", "heal", "load", "preview", "save", "train",
 ]
 # fmt: on
 

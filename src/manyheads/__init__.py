@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from manyheads.healing import heal as heal
     from manyheads.recipe import Recipe as Recipe
     from manyheads.recipe import Swap as Swap
+    from manyheads.timing import bench as bench
     from manyheads.training import evaluate as evaluate
     from manyheads.training import train as train
 
@@ -36,6 +37,7 @@ _HOME = {
     "Recipe": "recipe",
     "Softmax": "attention",
     "Swap": "recipe",
+    "bench": "timing",
     "convert": "conversion",
     "cost": "costs",
     "evaluate": "training",

@@ -81,6 +81,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
         save_model(model, str(folder / WEIGHTS), metadata={"format": "pt"})
         card["sha256"] = _digest(folder / WEIGHTS)
         (folder / CARD).write_text(json.dumps(card, indent=2), encoding="utf-8")
+        for name, text in host.extra_files(model).items():
+            (folder / name).write_text(text, encoding="utf-8")
         _require_equal(model, load(folder), target)
     return target
 

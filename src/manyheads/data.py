@@ -74,7 +74,7 @@ class ImageSource:
     labelled: bool
     labels: Tensor | None = None
     classes: tuple[str, ...] = ()
-    max_unreadable: float = 0.1
+    max_unreadable: float | int = 0.1
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -113,12 +113,17 @@ class ImageSource:
             Request(i, None if augment_seed is None else mix(augment_seed, "image", i))
             for i in order
         ]
+        chunks = [
+            requests[at : at + batch_size]
+            for at in range(start * batch_size, len(requests), batch_size)
+        ]
+        if not num_workers:
+            for chunk in chunks:
+                yield self._stack([self.items[request] for request in chunk])
+            return
         loader: DataLoader[Item] = DataLoader(
             self.items,
-            batch_sampler=[
-                requests[at : at + batch_size]
-                for at in range(start * batch_size, len(requests), batch_size)
-            ],
+            batch_sampler=chunks,
             collate_fn=_as_list,
             num_workers=num_workers,
             generator=torch.Generator().manual_seed(0),
@@ -175,7 +180,7 @@ def image_source(
     images: Images,
     *,
     labelled: bool,
-    max_unreadable: float = 0.1,
+    max_unreadable: float | int = 0.1,
 ) -> ImageSource:
     """Make a source for this model out of what the user has.
 

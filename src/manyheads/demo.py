@@ -23,13 +23,14 @@ from manyheads.costs import cost
 from manyheads.data import digits
 from manyheads.errors import CheckpointError, ManyheadsError
 from manyheads.figures import draw_demo
+from manyheads.findings import Demo, DemoRow, LargeRow
 from manyheads.healing import heal
 from manyheads.recipe import Recipe, Swap
 from manyheads.sources import open_model
 from manyheads.timing import bench
 from manyheads.training import evaluate, train
 
-__all__ = ["Demo", "DemoRow", "LargeRow", "demo"]
+__all__ = ["demo"]
 
 Labelled = tuple[Tensor, Tensor]
 Accuracies = tuple[float, float | None, float | None]
@@ -45,6 +46,7 @@ class Effort:
     train_epochs: int
     heal_epochs: int
     rounds: int
+    memory: bool
     large: str
     large_sizes: tuple[tuple[tuple[int, int], int], ...]
     """Image sizes for `large`, each with its number of timed rounds."""
@@ -52,10 +54,11 @@ class Effort:
 
 FULL = Effort(
     embed_dim=64,
-    depth=6,
-    train_epochs=25,
-    heal_epochs=10,
+    depth=4,
+    train_epochs=12,
+    heal_epochs=5,
     rounds=30,
+    memory=True,
     large="deit_small_patch16_224",
     large_sizes=(((224, 224), 30), ((1080, 1920), 3)),
 )
@@ -65,96 +68,11 @@ QUICK = Effort(
     train_epochs=1,
     heal_epochs=1,
     rounds=2,
+    memory=False,
     large="deit_tiny_patch16_224",
     large_sizes=(((32, 32), 2), ((40, 56), 2)),
 )
 IMAGE_SIZE, PATCH, HEADS, BATCH = 32, 4, 4, 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoRow:
-    """One model on the digits; the softmax teacher is neither swapped nor healed."""
-
-    model: str
-    accuracy_before: float
-    accuracy_swapped: float | None
-    accuracy_healed: float | None
-    parameters: int
-    flops: int
-    latency_ms: float
-    peak_mib: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LargeRow:
-    """One large model with random weights at one image size."""
-
-    model: str
-    image_size: tuple[int, int]
-    parameters: int
-    flops: int
-    latency_ms: float
-    latency_quartiles_ms: tuple[float, float]
-    peak_mib: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demo:
-    """What the demo found, and where it wrote it.
-
-    Attributes:
-        rows: The digit models; the softmax teacher first.
-        large: The large model, softmax then Hydra, at each image size.
-        conditions: Data, sizes, effort and machine.
-        folder: Where demo.json, demo.png and student/ are.
-    """
-
-    rows: tuple[DemoRow, ...]
-    large: tuple[LargeRow, ...]
-    conditions: dict[str, Any]
-    folder: Path
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the recorded form, without the folder, which means nothing elsewhere."""
-        return {
-            "format": "manyheads.demo",
-            "version": 1,
-            "rows": [asdict(row) for row in self.rows],
-            "large": [
-                asdict(row) | {"image_size": list(row.image_size)} for row in self.large
-            ],
-            "conditions": self.conditions,
-        }
-
-    def __str__(self) -> str:
-        small = [("handwritten digits", *_ACCURACIES, *_COSTS)]
-        for row in self.rows:
-            accuracies = (
-                row.accuracy_before,
-                row.accuracy_swapped,
-                row.accuracy_healed,
-            )
-            small.append(
-                (row.model, *map(_percent, accuracies), *_ratios(row, self.rows[0]))
-            )
-        large = [("random weights, batch 1", *_COSTS)]
-        for base, row in zip(self.large[::2], self.large[1::2], strict=True):
-            at = f" at {base.image_size[0]}x{base.image_size[1]}"
-            large += [(one.model + at, *_ratios(one, base)) for one in (base, row)]
-        return "\n".join(
-            [
-                *_aligned(small),
-                "",
-                *_aligned(large),
-                "",
-                "(ratio to softmax attention; below 1 is cheaper, ! marks worse)",
-                f"Written to {self.folder}: demo.json, demo.png, student/",
-            ]
-        )
-
-
-_ACCURACIES = ("before", "swapped", "healed")
-_COSTS = ("M parameters", "MFLOPs", "ms", "peak MiB")
 
 
 def demo(folder: str | Path, *, quick: bool = False) -> Demo:
@@ -179,7 +97,7 @@ def demo(folder: str | Path, *, quick: bool = False) -> Demo:
     teacher = _teacher(effort, channels=train_set[0].shape[1])
     note(f"1/5 Training a softmax ViT for {effort.train_epochs} epochs")
     train(teacher, train_set, epochs=effort.train_epochs, batch_size=BATCH)
-    before = evaluate(teacher, test_set).accuracy
+    before = evaluate(teacher, test_set).top1
     last = range(effort.depth - 2, effort.depth)
     recipes = {
         "Hydra in the last 2 blocks": Recipe(Swap(blocks=last, attention=Hydra())),
@@ -190,9 +108,9 @@ def demo(folder: str | Path, *, quick: bool = False) -> Demo:
     for step, (name, recipe) in enumerate(recipes.items(), start=2):
         note(f"{step}/5 {name}: converting and healing")
         student = convert(teacher, recipe)
-        swapped = evaluate(student, test_set).accuracy
+        swapped = evaluate(student, test_set).top1
         _heal(student, teacher, train_set, effort)
-        found.append((before, swapped, evaluate(student, test_set).accuracy))
+        found.append((before, swapped, evaluate(student, test_set).top1))
         students.append(student)
     note("4/5 Measuring the digit models")
     names = ["softmax", *recipes]
@@ -244,7 +162,13 @@ def _digit_rows(
     found: list[Accuracies],
     effort: Effort,
 ) -> tuple[tuple[DemoRow, ...], dict[str, Any]]:
-    timed = bench(*models, batch_size=BATCH, rounds=effort.rounds, names=names)
+    timed = bench(
+        *models,
+        batch_size=BATCH,
+        rounds=effort.rounds,
+        memory=effort.memory,
+        names=names,
+    )
     rows = tuple(
         DemoRow(
             model=row.name,
@@ -258,7 +182,7 @@ def _digit_rows(
         )
         for row, (before, swapped, healed) in zip(timed.rows, found, strict=True)
     )
-    return rows, timed.to_json().get("conditions", {})
+    return rows, timed.conditions
 
 
 def _large_rows(effort: Effort) -> tuple[LargeRow, ...]:
@@ -268,7 +192,14 @@ def _large_rows(effort: Effort) -> tuple[LargeRow, ...]:
     rows: list[LargeRow] = []
     for size, rounds in effort.large_sizes:
         names = [effort.large, f"{effort.large} + Hydra"]
-        timed = bench(base, hydra, image_size=size, rounds=rounds, names=names)
+        timed = bench(
+            base,
+            hydra,
+            image_size=size,
+            rounds=rounds,
+            memory=effort.memory,
+            names=names,
+        )
         for row, model in zip(timed.rows, (base, hydra), strict=True):
             rows.append(
                 LargeRow(
@@ -277,7 +208,7 @@ def _large_rows(effort: Effort) -> tuple[LargeRow, ...]:
                     parameters=row.parameters,
                     flops=cost(model, image_size=size).flops,
                     latency_ms=row.latency_ms,
-                    latency_quartiles_ms=tuple(row.latency_quartiles_ms),
+                    latency_quartiles_ms=row.latency_quartiles_ms,
                     peak_mib=row.peak_mib,
                 )
             )
@@ -340,33 +271,3 @@ def _unwritable(folder: Path, error: OSError) -> CheckpointError:
         found=f"it cannot be written: {error}",
         fix="Free space or choose another folder with --out.",
     )
-
-
-def _ratios(row: DemoRow | LargeRow, base: DemoRow | LargeRow) -> tuple[str, ...]:
-    """Show each cost with its ratio to the base; what got worse is marked."""
-    cells = []
-    for value, first, unit in (
-        (row.parameters, base.parameters, 1e6),
-        (row.flops, base.flops, 1e6),
-        (row.latency_ms, base.latency_ms, 1),
-        (row.peak_mib, base.peak_mib, 1),
-    ):
-        if value is None or not first:
-            cells.append("not measured")
-            continue
-        ratio = value / first
-        worse = " !" if round(ratio, 2) > 1 else ""
-        cells.append(f"{value / unit:,.2f} ({ratio:.2f}{worse})")
-    return tuple(cells)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
-
-
-def _aligned(cells: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]

@@ -49,7 +49,7 @@ def _draw_accuracy(axes: Any, rows: list[dict[str, Any]]) -> None:
         heights = [100 * row[f"accuracy_{stage}"] for row in students]
         places = [index + offset for index in range(len(students))]
         bars = axes.bar(places, heights, 0.36, color=colour, label=stage)
-        axes.bar_label(bars, fmt="%.1f", fontsize=9)
+        axes.bar_label(bars, fmt="%.1f", label_type="center", color="white")
     before = 100 * teacher["accuracy_before"]
     label = f"before: softmax, {before:.1f}"
     axes.axhline(before, color=SOFTMAX, linestyle="--", label=label)
@@ -62,21 +62,22 @@ def _draw_accuracy(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _draw_ratios(axes: Any, rows: list[dict[str, Any]]) -> None:
-    measures = (("flops", "FLOPs"), ("latency_ms", "time"), ("peak_mib", "memory"))
+    names = {"flops": "FLOPs", "latency_ms": "time", "peak_mib": "memory"}
+    # What was not measured is left out: an empty place would read as nothing gained.
+    measures = [key for key in names if all(row[key] for row in rows)]
     pairs = list(zip(rows[::2], rows[1::2], strict=True))
     width = 0.8 / len(pairs)
     for number, (softmax, hydra) in enumerate(pairs):
-        ratios = [
-            softmax[key] / hydra[key] if softmax[key] and hydra[key] else 0.0
-            for key, _ in measures
-        ]
+        ratios = [softmax[key] / hydra[key] for key in measures]
         size = "x".join(map(str, softmax["image_size"]))
-        places = [i + (number - (len(pairs) - 1) / 2) * width for i in range(3)]
+        places = [
+            i + (number - (len(pairs) - 1) / 2) * width for i in range(len(measures))
+        ]
         colour = (HYDRA, HEALED)[number % 2]
         bars = axes.bar(places, ratios, 0.92 * width, color=colour, label=size)
-        axes.bar_label(bars, fmt="%.2fx", fontsize=9)
+        axes.bar_label(bars, fmt="%.2fx", label_type="center", color="white")
     axes.axhline(1, color=SOFTMAX, linestyle="--", label="softmax attention")
-    axes.set_xticks(range(3), [name for _, name in measures])
+    axes.set_xticks(range(len(measures)), [names[key] for key in measures])
     axes.margins(y=0.2)
     axes.set_ylabel("times less with Hydra (higher is better)")
     axes.set_title(f"What it gained: {rows[0]['model']}, random weights", fontsize=11)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 __all__ = ["Interrupts"]
 
@@ -25,7 +25,7 @@ class Interrupts:
         self._before: dict[int, Any] = {}
         self.received = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Interrupts:
         if self._active:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +33,16 @@ __all__ = ["Journal"]
 FORMAT, VERSION = "manyheads.run", 1
 CARD, WEIGHTS, STATE, SUMS = "run.json", "model.safetensors", "state.pt", "sums.json"
 _DRAFT = ".writing-"
+_DAMAGE = (
+    OSError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
 
 
 class Journal:
@@ -62,13 +73,20 @@ class Journal:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
             self._remove_drafts()
             if foreign:
                 self._require_same_config()
             else:
                 self._write_card()
         except OSError as error:
+            self.close()
             raise self._unwritable(error) from error
+        except CheckpointError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let other processes use the folder."""
@@ -126,7 +144,7 @@ class Journal:
                 last / STATE, map_location="cpu", weights_only=True
             )
             load_model(model, last / WEIGHTS, strict=True)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except _DAMAGE as error:
             raise self._error(
                 f"{last.name} is cut short or altered: {error}",
                 f"Remove {last} to start the run again.",

@@ -14,7 +14,6 @@ residual sums, biases, pooling.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from manyheads.attention import CoreCost
 from manyheads.errors import CostError
 from manyheads.ffn import Pointwise
 from manyheads.geometry import Geometry, Grid
-from manyheads.hosts import Host, Site, mechanism_of
+from manyheads.hosts import Host, Site, mechanism_of, token_count
 from manyheads.surgery import blank_copy
 
 __all__ = ["BlockCost", "Ledger", "keep_books"]
@@ -125,14 +124,14 @@ def keep_books(
         CostError: The model cannot run on the meta device at this size.
     """
     wanted = host.image_input(model)
-    blank = blank_copy(model).eval()
+    blank = blank_copy(model).eval().requires_grad_(False)
     size = image_size or wanted.size
     fed = host.resize(blank, size)
     image = torch.empty(1, wanted.channels, *fed, device="meta", dtype=_dtype(blank))
     walk = _Walk(blank, sites)
     with FlopCounterMode(display=False) as counter, walk, torch.no_grad():
         try:
-            blank(image)
+            host.feed(blank, image)
         except Exception as error:
             raise CostError(
                 asked=f"counting {type(model).__name__} at {fed[0]}x{fed[1]}",
@@ -173,10 +172,13 @@ class _Walk:
                 self._hook(module, self._note_norm(work))
             if isinstance(module, Pointwise):
                 self._hook(module, self._note_linear(name))
+            if isinstance(module, nn.MultiheadAttention):
+                self._hook(module, self._note_packed(name))
         for site in self.sites:
             module = self.model.get_submodule(site.attention_path)
             if not site.fixed:
-                self._hook(module, self._note_tokens(site.attention_path))
+                note = self._note_tokens(site.attention_path)
+                self._hook(module, note, with_kwargs=True)
             if site.keys_path is not None:
                 keys = self.model.get_submodule(site.keys_path)
                 self._hook(keys, self._note_keys(site.attention_path))
@@ -193,18 +195,22 @@ class _Walk:
         core = CoreCost(attention=0)
         if not site.fixed:
             core = site.attention.core_cost(self._geometry(site), num_tokens)
-        feed_forward = (site.ffn_path or "").rpartition(".")[0]
-        paths = (site.attention_path, *([feed_forward] if feed_forward else []))
+        mixing = site.attention_parts or (site.attention_path,)
+        home = (site.ffn_path or "").rpartition(".")[0]
+        feed_forward = site.ffn_parts or ((home,) if home else ())
+        parts = (*mixing, *feed_forward)
         return BlockCost(
             index=site.index,
             path=site.path,
             attention=site.fixed or repr(site.attention),
             ffn=repr(site.ffn) if site.ffn else "",
             num_tokens=num_tokens,
-            num_parameters=sum(_count(self.model.get_submodule(p)) for p in paths),
-            projections=self._within(site.attention_path),
+            num_parameters=sum(_count(self.model.get_submodule(p)) for p in parts),
+            projections=self._within(
+                mixing, but=f"{site.attention_path}.core.", rows=images * num_tokens
+            ),
             attention_matrices=images * core.attention,
-            feed_forward=self._within(feed_forward) if feed_forward else 0,
+            feed_forward=self._within(feed_forward),
             elementwise=images * core.elementwise,
         )
 
@@ -214,16 +220,21 @@ class _Walk:
         grid = self.grids.get(site.attention_path, site.geometry.grid)
         return replace(site.geometry, reduced_keys=keys, grid=grid)
 
-    def _within(self, path: str) -> int:
-        inside = f"{path}."
+    def _within(
+        self, paths: tuple[str, ...], *, but: str = "none", rows: int = 0
+    ) -> int:
+        """Add up the linear layers; one whose matrix is used uncalled sees `rows`."""
+        inside = tuple(f"{path}." for path in paths)
         return sum(
-            work
+            work or rows * _matrix(self.model.get_submodule(name))
             for name, work in self.linear.items()
-            if name.startswith(inside) and not name.startswith(f"{path}.core.")
+            if name.startswith(inside) and not name.startswith(but)
         )
 
-    def _hook(self, module: nn.Module, note: Callable[..., None]) -> None:
-        handle = module.register_forward_hook(note, with_kwargs=False)
+    def _hook(
+        self, module: nn.Module, note: Callable[..., None], *, with_kwargs: bool = False
+    ) -> None:
+        handle = module.register_forward_hook(note, with_kwargs=with_kwargs)
         self._hooks.callback(handle.remove)
 
     def _note_norm(self, work: int) -> Callable[..., None]:
@@ -246,9 +257,17 @@ class _Walk:
         return note
 
     def _note_tokens(self, path: str) -> Callable[..., None]:
-        def note(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
-            *images, num_tokens, _dim = args[0].shape
-            self.tokens[path] = (math.prod(images), num_tokens)
+        def note(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any
+        ) -> None:
+            self.tokens[path] = token_count(module, args, kwargs)
+
+        return note
+
+    def _note_packed(self, path: str) -> Callable[..., None]:
+        # torch's own layer holds its matrices itself and calls no linear layer.
+        def note(_: nn.MultiheadAttention, args: tuple[Tensor, ...], __: Any) -> None:
+            self.linear[f"{path}.out_proj"] += args[0].numel() * 4 * args[0].shape[-1]
 
         return note
 
@@ -266,6 +285,10 @@ def _work_per_element(module: nn.Module) -> int:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return 2
     return 4 if "rmsnorm" in type(module).__name__.lower() else 0
+
+
+def _matrix(module: Any) -> int:
+    return int(module.weight.numel())
 
 
 def _count(module: nn.Module) -> int:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -97,7 +97,7 @@ class Run:
         self._interrupts = Interrupts(active=self._journal is not None)
         self._clock = time.monotonic()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Run:
         try:
             state = self._journal.read(self.model) if self._journal else None
         except BaseException:

@@ -34,8 +34,8 @@ class Pair:
         self,
         student: nn.Module,
         teacher: nn.Module,
-        temperature: float,
-        feature_weight: float,
+        temperature: float | int,
+        feature_weight: float | int,
     ) -> None:
         self.student, self.teacher = student, teacher
         self.temperature, self.feature_weight = temperature, feature_weight
@@ -196,7 +196,7 @@ def _relative_error(output: Tensor, target: Tensor) -> Tensor:
     return (output.to(wide.dtype) - wide).square().mean() / scale
 
 
-def _divergence(scores: Tensor, target: Tensor, temperature: float) -> Tensor:
+def _divergence(scores: Tensor, target: Tensor, temperature: float | int) -> Tensor:
     """How far the student's scores are from the teacher's, at one temperature."""
     ours = F.log_softmax(scores.float() / temperature, dim=-1)
     theirs = F.log_softmax(target.float().to(scores.device) / temperature, dim=-1)

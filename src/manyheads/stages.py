@@ -39,9 +39,9 @@ class Stage:
 
     name: str
     epochs: int
-    learning_rate: float
-    weight_decay: float
-    warmup_epochs: float
+    learning_rate: float | int
+    weight_decay: float | int
+    warmup_epochs: float | int
     trains: tuple[str, ...]
     loss: Callable[[Batch], Losses]
     blame: Callable[[Batch], str]
@@ -86,14 +86,14 @@ class RunOptions:
     progress: bool
     num_workers: int
     checkpoint_every: int
-    max_grad_norm: float
+    max_grad_norm: float | int
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "checkpoint_every"):
             require_positive(name, getattr(self, name))
 
 
-def require_positive(name: str, value: float, *, zero: bool = False) -> None:
+def require_positive(name: str, value: float | int, *, zero: bool = False) -> None:
     """Refuse an option that is not a positive, finite number.
 
     Raises:

@@ -16,7 +16,12 @@ from torch import nn
 from manyheads.attention import AttentionSpec, Mechanism
 from manyheads.attention.hallucinated import HallucinatedAttention
 from manyheads.attention.pairing import HeadChoice
-from manyheads.errors import InvalidRecipe, NothingToConvert, SwapRefused
+from manyheads.errors import (
+    GeometryMismatch,
+    InvalidRecipe,
+    NothingToConvert,
+    SwapRefused,
+)
 from manyheads.ffn import FeedForwardSpec, OutputMoments, Pointwise
 from manyheads.hosts import Host, Site, mechanism_of, replace_module
 from manyheads.recipe import Recipe, Swap
@@ -59,19 +64,23 @@ def plan_swaps(
         InvalidRecipe: Two swaps give the same part of a block.
         SwapRefused: A mechanism cannot carry what a layer does; all such layers are
             named together.
+        GeometryMismatch: Sizes of a mechanism and of layers do not fit each other.
     """
     _require_range(sites, recipe)
     attention = _assign(sites, recipe, "attention", lambda swap: swap.attention)
     ffn = _assign(sites, recipe, "ffn", lambda swap: swap.ffn)
-    operations, refused = [], []
+    operations, refused, misfits = [], [], []
     for site in sites:
         mixer, output = attention.get(site.index), ffn.get(site.index)
         left_alone = []
         if mixer and (reason := site.fixed or mixer.exempt(site.geometry)):
             left_alone.append(reason)
             mixer = None
-        if mixer and (reason := _attention_problem(site, mixer)):
-            refused.append(_refusal(site, site.attention_path, mixer, reason))
+        try:
+            if mixer and (reason := _attention_problem(site, mixer)):
+                refused.append(_refusal(site, site.attention_path, mixer, reason))
+        except GeometryMismatch as error:
+            misfits.append(_placed(error, site.attention_path))
         if output and site.ffn_path is None:
             left_alone.append("no feed-forward layer that could be swapped")
             output = None
@@ -88,6 +97,8 @@ def plan_swaps(
             )
     if refused:
         raise SwapRefused.many(refused)
+    if misfits:
+        raise GeometryMismatch.many(misfits)
     if not any(op.attention or op.ffn for op in operations):
         raise NothingToConvert(
             asked=f"the recipe {recipe}",
@@ -125,7 +136,7 @@ def current_recipe(sites: Sequence[Site], *, plain: AttentionSpec) -> Recipe | N
     mixers: dict[AttentionSpec, list[int]] = {}
     outputs: dict[FeedForwardSpec, list[int]] = {}
     for site in sites:
-        if site.attention != plain:
+        if site.attention != plain or site.renamed:
             mixers.setdefault(site.attention, []).append(site.index)
         if site.ffn is not None:
             outputs.setdefault(site.ffn, []).append(site.index)
@@ -215,6 +226,8 @@ def _attention_problem(site: Site, spec: AttentionSpec) -> str | None:
             f"{site.geometry.num_heads} heads and {spec} needs {needs}; convert the "
             "original model instead"
         )
+    if needs < has and site.fixed_query_heads:
+        return f"{spec} projects queries of {needs} heads and {site.fixed_query_heads}"
     if site.geometry.reduced_keys is not None and not spec.takes_reduced_keys:
         return (
             f"its keys are reduced to {site.geometry.reduced_keys} tokens and {spec} "
@@ -230,6 +243,13 @@ def _ffn_problem(model: nn.Module, site: Site, spec: FeedForwardSpec) -> str | N
     if not isinstance(output, Pointwise):
         return f"it already is {site.ffn}; convert the original model instead"
     return spec.problem(output)
+
+
+def _placed(error: GeometryMismatch, path: str) -> GeometryMismatch:
+    """Say where; a spec does not know the path of the layer it is asked about."""
+    return GeometryMismatch(
+        asked=error.asked, found=error.found, fix=error.fix, why=error.why, where=path
+    )
 
 
 def _refusal(site: Site, path: str, spec: Spec, reason: str) -> SwapRefused:

@@ -96,13 +96,13 @@ def train(
     *,
     epochs: int,
     batch_size: int = 64,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.05,
-    warmup_epochs: float = 1.0,
-    max_grad_norm: float = 1.0,
+    learning_rate: float | int = 1e-3,
+    weight_decay: float | int = 0.05,
+    warmup_epochs: float | int = 1.0,
+    max_grad_norm: float | int = 1.0,
     validation: Images | None = None,
     augment: bool = True,
-    max_unreadable: float = 0.1,
+    max_unreadable: float | int = 0.1,
     num_workers: int = 0,
     seed: int = 0,
     run_dir: str | Path | None = None,
@@ -186,7 +186,7 @@ def evaluate(
     images: Images,
     *,
     batch_size: int = 64,
-    max_unreadable: float = 0.1,
+    max_unreadable: float | int = 0.1,
     num_workers: int = 0,
     progress: bool = True,
 ) -> Evaluated:
@@ -255,7 +255,7 @@ class _Task:
         measured = self.validate()
         if measured is None:
             return {}
-        return {"epoch": done, "top1": measured.top1, "loss": measured.loss}
+        return {"top1": measured.top1, "loss": measured.loss}
 
     def validate(self) -> Evaluated | None:
         """Give the full measure on the held-out images, if there are any."""
@@ -319,7 +319,9 @@ def _measure(
     )
 
 
-def _labelled(model: nn.Module, images: Images, max_unreadable: float) -> ImageSource:
+def _labelled(
+    model: nn.Module, images: Images, max_unreadable: float | int
+) -> ImageSource:
     """Make a source whose labels fit the model's scores."""
     source = image_source(model, images, labelled=True, max_unreadable=max_unreadable)
     scores = try_one(model, source.sample(8).images, source.where)

@@ -3,10 +3,21 @@
 from torch import nn
 
 from manyheads.errors import UnknownHost
-from manyheads.hosts.base import Host, ImageInput, Site, mechanism_of, replace_module
+from manyheads.hosts.base import (
+    Host,
+    ImageInput,
+    Site,
+    mechanism_of,
+    replace_module,
+    token_count,
+)
+from manyheads.hosts.hf_vit import HuggingFaceViT
+from manyheads.hosts.own import OwnBackbone
 from manyheads.hosts.timm_nextvit import TimmNextViT
 from manyheads.hosts.timm_pvt import TimmPVT
+from manyheads.hosts.timm_rope import TimmRope
 from manyheads.hosts.timm_vit import TimmViT
+from manyheads.hosts.torchvision_vit import TorchvisionViT
 
 __all__ = [
     "HOSTS",
@@ -17,9 +28,18 @@ __all__ = [
     "host_named",
     "mechanism_of",
     "replace_module",
+    "token_count",
 ]
 
-HOSTS: tuple[Host, ...] = (TimmPVT(), TimmNextViT(), TimmViT())
+HOSTS: tuple[Host, ...] = (
+    TimmRope(),
+    TimmPVT(),
+    TimmNextViT(),
+    TimmViT(),
+    HuggingFaceViT(),
+    TorchvisionViT(),
+    OwnBackbone(),
+)
 
 
 def find_host(model: nn.Module) -> tuple[Host, tuple[Site, ...]]:
@@ -49,7 +69,9 @@ def _unknown(model: nn.Module, reason: str) -> UnknownHost:
         asked=f"a model of class {kind.__module__}.{kind.__qualname__}",
         found=reason,
         why="a block that is not understood exactly is never touched",
-        fix="Supported: every timm model whose attention is timm.layers.Attention "
-        "(ViT, DeiT, DeiT-III, SigLIP, CLIP, DINOv2 and relatives), and timm's "
-        "PVT-v2 and Next-ViT.",
+        fix="Supported: every timm model whose attention is timm.layers.Attention, "
+        "AttentionRope or EvaAttention "
+        "(ViT, DeiT, DeiT-III, SigLIP, CLIP, DINOv2 and relatives), timm's PVT-v2 and "
+        "Next-ViT; ViT, DeiT, DINOv2, DINOv3, SigLIP, SigLIP 2, CLIP vision, I-JEPA "
+        "and ViT-MAE of transformers; torchvision's VisionTransformer.",
     )

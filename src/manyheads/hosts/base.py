@@ -8,6 +8,7 @@ one line in `HOSTS`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from manyheads.attention import AttentionSpec, Mechanism
-from manyheads.errors import SwapRefused
+from manyheads.errors import ManyheadsError, SwapRefused
 from manyheads.ffn import FeedForwardSpec
 from manyheads.geometry import Geometry, Grid
 
-__all__ = ["Host", "ImageInput", "Site", "TokenGrid", "replace_module"]
+__all__ = ["Host", "ImageInput", "Site", "TokenGrid", "replace_module", "token_count"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,14 @@ class Site:
         geometry: Sizes of the attention layer.
         attention: What mixes tokens there now.
         ffn: What the output matrix is now; None for an ordinary one.
+        renamed: Whether the attention layer is one of ours whose parameters have other
+            names than the library's: then even ordinary attention must be recorded.
+        attention_parts: Modules that hold all of the attention's projections, where
+            that is more than `attention_path`.
+        ffn_parts: Modules that make the feed-forward layer, where that is more than
+            the parent of `ffn_path`.
+        fixed_query_heads: Why queries and keys cannot be projected for fewer heads, in
+            one clause; empty where they can.
         keys_path: The module whose output tokens become keys, where they are fewer
             than the queries; None where every token is a key.
         fixed: Why no recipe swaps what mixes tokens here, e.g. a convolution; empty
@@ -49,6 +58,10 @@ class Site:
     geometry: Geometry
     attention: AttentionSpec
     ffn: FeedForwardSpec | None
+    renamed: bool = False
+    attention_parts: tuple[str, ...] = ()
+    ffn_parts: tuple[str, ...] = ()
+    fixed_query_heads: str = ""
     keys_path: str | None = None
     fixed: str = ""
 
@@ -133,6 +146,24 @@ class Host(ABC):
             ImageSizeError: No token grid of this model fits the size.
         """
 
+    def feed(self, model: nn.Module, images: Tensor) -> Any:
+        """Run the part of the model that looks at images: all of it, as a rule."""
+        return model(images)
+
+    def output(self, result: Any) -> Tensor:
+        """Pick from what the model returned the tensor by which it is judged.
+
+        Raises:
+            ManyheadsError: There is none; healing and comparing need one.
+        """
+        if isinstance(result, Tensor):
+            return result
+        raise ManyheadsError(
+            asked="comparing what two models return",
+            found=f"this one returns a {type(result).__name__}, not a tensor",
+            fix="Use a model that returns one tensor for an image.",
+        )
+
     @abstractmethod
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """Say as JSON values how to build the model again, weights left out.
@@ -148,6 +179,10 @@ class Host(ABC):
         Raises:
             CheckpointError: It names a model or an argument this host does not allow.
         """
+
+    def extra_files(self, model: nn.Module) -> dict[str, str]:
+        """Give further files of a checkpoint, name to text; none, as a rule."""
+        return {}
 
 
 class TokenGrid:
@@ -186,6 +221,17 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     parent = model.get_submodule(parent_path)
     new.train(parent.get_submodule(name).training)
     parent.register_module(name, new)
+
+
+def token_count(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[int, int]:
+    """Say how many images and tokens an attention layer was called with."""
+    tokens = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    *images, count, _ = tokens.shape
+    if getattr(module, "batch_first", True):
+        return math.prod(images), count
+    return count, math.prod(images)
 
 
 def mechanism_of(module: nn.Module) -> Mechanism | None:

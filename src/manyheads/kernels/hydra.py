@@ -6,21 +6,32 @@ Bolya et al., "Hydra Attention: Efficient Attention with Many Heads", 2022,
 arXiv 2209.07484.
 
 The work is bound by memory, not by arithmetic: what counts is how often q, k and v are
-read and how many fresh buffers are written. The lengths of the vectors are kept as
-[B, N] scalars instead of dividing whole tensors, the sum over tokens is a
-matrix-vector product with those scalars, and the output buffer serves as the only
-full-size temporary.
+read from it and how many fresh buffers are written. So the lengths of the vectors are
+kept as one number per token instead of dividing whole tensors, the sum over tokens is
+a matrix-vector product with those numbers, and on a CPU all of it happens tile by
+tile: each piece of k and v is fetched once and stays in the cache for the three
+operations that need it. The only temporary of more than one number per token is one
+such tile.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["hydra", "use_operator"]
+__all__ = ["hydra", "hydra_into", "tiles", "use_operator"]
+
+# Bytes of one float32 tile. On a CPU per thread: k, v and their product share 2 MiB
+# of L2 then. Elsewhere: large enough that a launch is small beside the work.
+_CPU_TILE, _TILE = 512 * 1024, 64 * 1024 * 1024
+# Below this many tokens the interpreter costs more than the cache saves.
+_LEAST_TOKENS = 256
+
+_Tile = tuple[slice, slice]
 
 
 def use_operator() -> bool:
@@ -29,6 +40,28 @@ def use_operator() -> bool:
     An exported program must run where this package is not installed.
     """
     return not torch.compiler.is_exporting()
+
+
+def tiles(x: Tensor) -> list[_Tile]:
+    """Choose the formulation: which images and tokens are worked on at a time.
+
+    A tile is a run of tokens of one image, or several whole images where they are
+    short.
+
+    Args:
+        x: A tensor [B, N, D].
+    """
+    B, N, D = x.shape
+    on_cpu = x.device.type == "cpu"
+    room = torch.get_num_threads() * _CPU_TILE if on_cpu else _TILE
+    num_tokens = max(_LEAST_TOKENS, room // (4 * max(1, D)))
+    length = max(1, min(N, num_tokens))
+    group = num_tokens // length
+    return [
+        (slice(b, min(b + group, B)), slice(n, min(n + length, N)))
+        for b in range(0, B, group)
+        for n in range(0, N, length)
+    ]
 
 
 @torch.library.custom_op(
@@ -41,7 +74,7 @@ def hydra(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
 
         summary = sum_m unit(k_m) * v_m        out_n = unit(q_n) * summary
 
-    Cost: O(B N D) time; one buffer of the output's size is written, twice.
+    Cost: O(B N D) time; nothing of the inputs' size is allocated but the output.
 
     Args:
         q: Projected queries [B, N, D]; any strides, a packed projection is read in
@@ -54,15 +87,34 @@ def hydra(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         Mixed tokens [B, N, D], contiguous.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    q_weight = _inverse_length(q, None)
-    k_weight = _inverse_length(k, key_mask)
-    summary = _weighted_sum(k, v, k_weight, out)
-    return _gated(q, q_weight, summary, out)
+    return hydra_into(out, q, k, v, key_mask)
 
 
 @hydra.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def hydra_into(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None
+) -> Tensor:
+    """Do what `hydra` does in memory that is there already: no gradient, no operator.
+
+    Fresh memory is not free: tensors above 32 MiB go back to the system when they are
+    dropped (glibc's limit), and each new one faults in page by page.
+
+    Args:
+        out: Contiguous [B, N, D] of the type of q, sharing memory with none of the
+            others; overwritten, and returned.
+        q: As for `hydra`.
+        k: As for `hydra`.
+        v: As for `hydra`.
+        key_mask: As for `hydra`.
+    """
+    buffer = _buffer(q, k)
+    summary = _summary(k, v, key_mask, buffer)
+    _gate(q, summary, None, buffer, out)
+    return out
 
 
 @torch.library.custom_op(
@@ -81,14 +133,16 @@ def hydra_backward(
         dq = (grad * s - a <a, grad * s>) / |q|
         dk = (t * v - b <b, t * v>) / |k|           dv = t * b
     """
-    q_weight = _inverse_length(q, None)
-    k_weight = _inverse_length(k, key_mask)
-    buffer = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    summary = _weighted_sum(k, v, k_weight, buffer)
-    gathered = _weighted_sum(q, grad, q_weight, buffer)
-    dq = _through_unit(grad, q, q_weight, summary)
-    dk = _through_unit(v, k, k_weight, gathered)
-    return dq, dk, _gated(k, k_weight, gathered, buffer)
+    dq, dk, dv = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)
+    )
+    buffer = _buffer(q, k)
+    summary = _summary(k, v, key_mask, buffer)
+    gathered = _summary(q, grad, None, buffer)
+    _through_unit(grad, q, summary, None, buffer, dq)
+    _through_unit(v, k, gathered, key_mask, buffer, dk)
+    _gate(k, gathered, key_mask, buffer, dv)
+    return dq, dk, dv
 
 
 @hydra_backward.register_fake
@@ -114,43 +168,87 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
 hydra.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _inverse_length(x: Tensor, key_mask: Tensor | None) -> Tensor:
+def _summary(x: Tensor, y: Tensor, key_mask: Tensor | None, buffer: Tensor) -> Tensor:
+    """Sum unit(x_n) * y_n over tokens, in the buffer's type: [B, 1, D]."""
+    summary = buffer.new_zeros(x.shape[0], 1, x.shape[2])
+    for tile in tiles(x):
+        room = _room(buffer, x[tile])
+        wide = _widened(x[tile], room)
+        weight = _inverse_length(wide, key_mask, tile)
+        product = torch.mul(wide, y[tile], out=room)
+        if key_mask is not None:
+            # What is masked may hold anything, and zero times infinity is not zero.
+            product.masked_fill_(~key_mask[tile][..., None], 0.0)
+        summary[tile[0]].baddbmm_(weight[:, None], product)
+    return summary
+
+
+def _gate(
+    x: Tensor,
+    factor: Tensor,
+    key_mask: Tensor | None,
+    buffer: Tensor,
+    out: Tensor,
+) -> None:
+    """Write unit(x_n) * factor to `out`."""
+    for tile in tiles(x):
+        room = _room(buffer, x[tile])
+        wide = _widened(x[tile], room)
+        weight = _inverse_length(wide, key_mask, tile)
+        # In half types 1 / |x| alone may overflow; the product, in `room`, does not.
+        target = out[tile] if out.dtype is room.dtype else room
+        torch.mul(wide, factor[tile[0]], out=target).mul_(weight[..., None])
+        if target is room:
+            out[tile].copy_(room)
+
+
+def _through_unit(
+    grad: Tensor,
+    x: Tensor,
+    factor: Tensor,
+    key_mask: Tensor | None,
+    buffer: Tensor,
+    out: Tensor,
+) -> None:
+    """Pull grad * factor back through ``x / |x|`` and write it to `out`."""
+    for tile in tiles(x):
+        room = _room(buffer, x[tile])
+        wide = x[tile].to(room.dtype)
+        weight = _inverse_length(wide, key_mask, tile)
+        pulled = out[tile] if out.dtype is room.dtype else room
+        torch.mul(grad[tile], factor[tile[0]], out=pulled)
+        along = torch.linalg.vecdot(wide, pulled).mul_(weight).mul_(weight)
+        pulled.addcmul_(wide, along[..., None], value=-1).mul_(weight[..., None])
+        if pulled is room:
+            out[tile].copy_(room)
+
+
+def _inverse_length(x: Tensor, key_mask: Tensor | None, tile: _Tile) -> Tensor:
     """Invert the length of each vector; zero vectors and masked tokens get zero."""
-    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    length: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=wide)
-    weight = length.reciprocal_()
-    weight.masked_fill_(weight == torch.inf, 0.0)
+    weight: Tensor = torch.linalg.vector_norm(x, dim=-1).reciprocal_()
+    weight.nan_to_num_(nan=math.nan, posinf=0.0)
     if key_mask is not None:
-        weight.masked_fill_(~key_mask, 0.0)
+        weight.masked_fill_(~key_mask[tile], 0.0)
     return weight
 
 
-def _weighted_sum(x: Tensor, y: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    """Sum weight[n] * x[n] * y[n] over tokens, in the type of the weight: [B, D]."""
-    if x.dtype is weight.dtype and x.shape == buffer.shape:
-        product = torch.mul(x, y, out=buffer)
-    else:
-        product = x.to(weight.dtype) * y
-    summed: Tensor = torch.matmul(weight[:, None], product)
-    return summed[:, 0]
+def _buffer(*tensors: Tensor) -> Tensor:
+    """Allocate one tile of float32 (float64 for float64), where sums are made."""
+    x = tensors[0]
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    sizes = (y[tile].numel() for y in tensors for tile in tiles(y)[:1])
+    largest = max(sizes, default=0)
+    return torch.empty(largest, dtype=wide, device=x.device)
 
 
-def _gated(x: Tensor, weight: Tensor, factor: Tensor, buffer: Tensor) -> Tensor:
-    """Give weight[n] * x[n] * factor, in the buffer where the types allow it."""
-    if x.dtype is weight.dtype:
-        torch.mul(x, factor[:, None], out=buffer)
-        buffer.mul_(weight[..., None])
-        return buffer
-    # In half types 1 / |x| alone may overflow; the product does not.
-    return (weight[..., None] * x * factor[:, None]).to(x.dtype)
+def _room(buffer: Tensor, x: Tensor) -> Tensor:
+    """Shape the front of the buffer like one tile."""
+    return buffer[: x.numel()].view(x.shape)
 
 
-def _through_unit(grad: Tensor, x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
-    """Pull ``grad * factor`` back through ``x / |x|``, weight being 1 / |x|."""
-    wide = weight[..., None]
-    pulled = grad.to(weight.dtype) * factor[:, None]  # [B, N, D]
-    along = (pulled * x).sum(dim=-1, keepdim=True) * wide * wide
-    return pulled.sub_(x * along).mul_(wide).to(x.dtype)
+def _widened(x: Tensor, room: Tensor) -> Tensor:
+    """Give a tile in the type of sums, copied only if it has another."""
+    return x if x.dtype is room.dtype else room.copy_(x)
 
 
 @register_flop_formula([torch.ops.manyheads.hydra])

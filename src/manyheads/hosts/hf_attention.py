@@ -1,0 +1,139 @@
+"""The one attention function that transformers calls for converted models.
+
+It asks the calling module for a mechanism and otherwise does what the library does, so
+that converted layers and others stand side by side in one model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manyheads.attention import Mechanism
+from manyheads.errors import MaskRefused
+from manyheads.geometry import Grid
+from manyheads.hosts.base import TokenGrid, mechanism_of
+
+__all__ = ["NAME", "manyheads_attention", "manyheads_mask", "register"]
+
+NAME = "manyheads"
+
+
+def register() -> None:
+    """Make the function known to transformers, and the masks that reach it."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, manyheads_attention)
+    AttentionMaskInterface.register(NAME, manyheads_mask)
+
+
+def manyheads_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Mix tokens with the module's mechanism, or as the library would.
+
+    Queries, keys and values are head-major [B, H, N, K], any rotation applied. Maps
+    are returned where the caller asks for `output_attentions`, built in the slow form.
+
+    Raises:
+        MaskRefused: The layer has a mechanism and is called causally, or with a mask
+            that the mechanism cannot honour.
+    """
+    core = mechanism_of(module)
+    if core is None:
+        return _library_attention(
+            module, query, key, value, attention_mask, scaling, dropout, is_causal,
+            options,
+        )  # fmt: skip
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
+    if causal:
+        raise MaskRefused(
+            asked=f"a layer converted to {core.spec} was called causally",
+            found="every token of an image reads all others",
+            why="ignoring the order of tokens would change the model in silence",
+            fix="Convert the vision tower only.",
+        )
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    mask = _readable(attention_mask, core)
+    grid = _grid(module)
+    mixed = core(q, k, v, mask, grid)
+    wanted = options.get("output_attentions", False)
+    return mixed, core.maps(q, k, mask, grid) if wanted else None
+
+
+def manyheads_mask(*args: Any, **options: Any) -> Tensor | None:
+    """Deliver padding as the plain key mask [B, N], and any other mask in full.
+
+    Unregistered, transformers would drop padding masks for a function of its own.
+    """
+    from transformers import masking_utils
+
+    both_ways = getattr(masking_utils, "bidirectional_mask_function", None)
+    if both_ways is not None and options.get("mask_function") is both_ways:
+        padding: Tensor | None = options.get("attention_mask")
+        return padding
+    full: Tensor | None = masking_utils.sdpa_mask(*args, **options)
+    return full
+
+
+def _library_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    is_causal: bool | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if mask is not None and mask.ndim == 2:
+        mask = mask[:, None, None, :]
+    mixed, _ = sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        **options,
+    )
+    return mixed, None
+
+
+def _readable(mask: Tensor | None, core: Mechanism) -> Tensor | None:
+    """Turn an additive mask that only leaves keys out into a boolean one.
+
+    SigLIP 2 of version 4 expands its padding to [B, 1, N, N] numbers. Whether such a
+    mask is one per key is looked up in its values; where values cannot be looked at,
+    in a traced graph, it stays what it is and the mechanism decides.
+    """
+    if mask is None or core.accepts_pair_mask or mask.dtype is torch.bool:
+        return mask
+    if torch.compiler.is_compiling() or mask.ndim != 4 or mask.device.type == "meta":
+        return mask
+    first = mask[:, :1, :1]
+    kept = first == 0
+    left_out = first <= torch.finfo(mask.dtype).min
+    if bool((mask == first).all()) and bool((kept | left_out).all()):
+        return kept
+    return mask
+
+
+def _grid(module: nn.Module) -> Grid | None:
+    token_grid = getattr(module, "token_grid", None)
+    return token_grid() if isinstance(token_grid, TokenGrid) else None

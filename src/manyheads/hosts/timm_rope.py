@@ -1,0 +1,244 @@
+"""timm models with rotary embeddings: EVA-02, DINOv3, Perception Encoder and relatives.
+
+Queries and keys are rotated first, as the library does, and then given to the
+mechanism. What that means: a rotated softmax score depends on where two tokens stand
+to each other, because both rotations meet in one inner product. With Hydra no pair
+meets; its summary holds rotated keys and its gate is a rotated query, so each feature
+product still depends on both places, but no longer on their difference alone. That is
+well defined and untested in the papers; expect healing to have more to do.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manyheads.attention import AttentionSpec, Mechanism, Softmax
+from manyheads.ffn import CompactLinear
+from manyheads.geometry import Geometry, fit_to_patches
+from manyheads.hosts.base import Host, ImageInput, Site, TokenGrid, mechanism_of
+from manyheads.hosts.timm_vit import TimmViT, _output_path
+
+__all__ = ["TimmRope", "TimmRopeAttention"]
+
+_CLASSES = frozenset(
+    {
+        ("timm.models.eva", "EvaAttention"),
+        ("timm.layers.attention", "AttentionRope"),
+    }
+)
+_TIMM = TimmViT()
+
+
+class TimmRopeAttention(nn.Module):
+    """timm's rotary attention with another mechanism after the rotation.
+
+    Everything keeps timm's names and its parameters themselves: one packed projection
+    or three, the separate query and value biases of EVA, grouped keys and values.
+
+    Args:
+        source: An `EvaAttention`, an `AttentionRope` or one of these; its children
+            move here.
+        geometry: Sizes of the layer.
+        spec: The mechanism to put after the rotation.
+    """
+
+    qkv: nn.Linear | None
+    q_bias: nn.Parameter | None
+    k_bias: Tensor | None
+    v_bias: nn.Parameter | None
+    core: Mechanism
+
+    def __init__(self, source: Any, geometry: Geometry, spec: AttentionSpec) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = geometry.num_heads, geometry.head_dim
+        self.scale = geometry.scale
+        self.num_kv_groups = getattr(source, "num_kv_groups", 1)
+        self.num_prefix_tokens = source.num_prefix_tokens
+        self.rotate_half = getattr(source, "rotate_half", False)
+        self.qkv = source.qkv
+        self.q_proj, self.k_proj = source.q_proj, source.k_proj
+        self.v_proj = source.v_proj
+        self.q_bias = getattr(source, "q_bias", None)
+        self.v_bias = getattr(source, "v_bias", None)
+        # Keys have no bias; timm keeps zeros for them that no checkpoint holds.
+        k_bias = getattr(source, "k_bias", None)
+        self.register_buffer("k_bias", k_bias, persistent=False)
+        self.q_norm, self.k_norm = source.q_norm, source.k_norm
+        self.core = spec.build(geometry)
+        self.norm, self.gate = source.norm, source.gate
+        self.proj, self.proj_drop = source.proj, source.proj_drop
+        self.token_grid: TokenGrid | None = None
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Project, rotate, mix, project; `attn_mask` means what it means in timm.
+
+        Raises:
+            MaskRefused: The mechanism cannot honour the mask, or `is_causal` is set.
+        """
+        N = x.shape[1]
+        q, k, v = self._project(x)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = self._rotated(q, rope, v), self._rotated(k, rope, v)
+        if self.num_kv_groups > 1:
+            k = k.repeat_interleave(self.num_kv_groups, dim=1)
+            v = v.repeat_interleave(self.num_kv_groups, dim=1)
+        mask = attn_mask
+        if is_causal:
+            mask = torch.ones(1, 1, N, N, dtype=torch.bool, device=x.device).tril()
+        elif mask is not None and mask.ndim == 2:
+            mask = mask[None, None]
+        grid = self.token_grid() if self.token_grid is not None else None
+        token_major = (t.transpose(1, 2) for t in (q, k, v))
+        mixed = self.norm(self.core(*token_major, mask, grid).flatten(2))
+        if self.gate is not None:
+            mixed = mixed * self.gate(x).sigmoid()
+        projected: Tensor = self.proj_drop(self.proj(mixed))
+        return projected
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the zero bias again when timm builds a model without memory first."""
+        if self.k_bias is not None:
+            nn.init.zeros_(self.k_bias)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Give queries, keys and values head-major, [B, H, N, K], as rotation wants."""
+        parts: tuple[Tensor, ...]
+        if self.qkv is None:
+            parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        elif self.q_bias is None or self.k_bias is None or self.v_bias is None:
+            parts = self.qkv(x).chunk(3, dim=-1)
+        else:
+            bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+            parts = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
+        heads = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
+        q, k, v = (part.transpose(1, 2) for part in heads)
+        return q, k, v
+
+    def _rotated(self, x: Tensor, rope: Tensor, like: Tensor) -> Tensor:
+        """Rotate patch tokens; class and register tokens stand nowhere."""
+        from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+
+        P = self.num_prefix_tokens
+        patches = apply_rot_embed_cat(x[:, :, P:], rope, half=self.rotate_half)
+        return torch.cat([x[:, :, :P], patches], dim=2).type_as(like)
+
+
+class TimmRope(Host):
+    """Hosts timm models whose blocks hold a rotary attention; the rest is `TimmViT`."""
+
+    name: ClassVar[str] = "timm-rope"
+
+    def recognises(self, model: nn.Module) -> bool:
+        """Ask for a timm model with at least one such layer."""
+        return _TIMM.recognises(model) and any(map(_is_rotary, model.modules()))
+
+    def sites(self, model: nn.Module) -> tuple[Site, ...]:
+        """List rotary attention layers in the order of `named_modules`."""
+        found = [(path, m) for path, m in model.named_modules() if _is_rotary(m)]
+        return tuple(
+            _site(model, index, path, module)
+            for index, (path, module) in enumerate(found)
+        )
+
+    def refusal(self, model: nn.Module) -> str:
+        """Say what `TimmViT` says."""
+        return _TIMM.refusal(model)
+
+    def swap_attention(
+        self, model: nn.Module, site: Site, spec: AttentionSpec
+    ) -> nn.Module:
+        """Wrap the projections that are there around rotation and mechanism."""
+        source = model.get_submodule(site.attention_path)
+        return TimmRopeAttention(source, site.geometry, spec)
+
+    def track_grid(self, model: Any) -> None:
+        """Hook the patch embedding where a mechanism asks for the grid."""
+        layers = [m for m in model.modules() if isinstance(m, TimmRopeAttention)]
+        waiting = [m for m in layers if m.core.needs_grid]
+        known = next((m.token_grid for m in layers if m.token_grid is not None), None)
+        if waiting and known is None:
+            known = TokenGrid()
+            _patch_embed(model).register_forward_pre_hook(known.watch_patches)
+        for layer in waiting:
+            layer.token_grid = known
+
+    def image_input(self, model: nn.Module) -> ImageInput:
+        """Read timm's data configuration."""
+        return _TIMM.image_input(model)
+
+    def resize(self, model: Any, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Have timm compute rotations, and positions if there are any, for a size."""
+        embed = _patch_embed(model)
+        # Encoders of language models merge squares of patches at their end.
+        merged = getattr(_encoder(model), "merge_size", 1)
+        cell = (merged * embed.patch_size[0], merged * embed.patch_size[1])
+        actual = fit_to_patches(image_size, cell)
+        native = tuple(embed.img_size or actual)
+        fixed = hasattr(model, "set_input_size") and not model.dynamic_img_size
+        if fixed and actual != native:
+            model.set_input_size(img_size=actual)
+        return actual
+
+    def describe(self, model: nn.Module) -> dict[str, Any]:
+        """Give the registered name and the arguments that timm recorded."""
+        return _TIMM.describe(model)
+
+    def rebuild(self, description: dict[str, Any]) -> nn.Module:
+        """Build by registered name."""
+        return _TIMM.rebuild(description)
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind is TimmRopeAttention or (kind.__module__, kind.__name__) in _CLASSES
+
+
+def _site(model: nn.Module, index: int, path: str, attention: nn.Module) -> Site:
+    core = mechanism_of(attention)
+    block_path = path.rpartition(".")[0]
+    ffn_path = _output_path(model, block_path)
+    output = model.get_submodule(ffn_path) if ffn_path else None
+    return Site(
+        index=index,
+        path=block_path,
+        attention_path=path,
+        ffn_path=ffn_path,
+        geometry=core.geometry if core else _geometry(model, attention),
+        attention=core.spec if core else Softmax(),
+        ffn=output.spec if isinstance(output, CompactLinear) else None,
+        fixed_query_heads="rotary layers rotate all heads of the library's projections",
+    )
+
+
+def _encoder(model: Any) -> Any:
+    """Find what embeds patches: the model, or the encoder that a classifier wraps."""
+    return model if hasattr(model, "patch_embed") else model.encoder
+
+
+def _patch_embed(model: Any) -> Any:
+    return _encoder(model).patch_embed
+
+
+def _geometry(model: Any, attention: Any) -> Geometry:
+    first = attention.qkv if attention.qkv is not None else attention.q_proj
+    grid = getattr(_patch_embed(model), "grid_size", None)
+    return Geometry(
+        dim=first.in_features,
+        num_heads=attention.num_heads,
+        head_dim=attention.head_dim,
+        num_prefix_tokens=attention.num_prefix_tokens,
+        grid=tuple(grid) if grid else None,
+        scale=attention.scale,
+        attention_dropout=attention.attn_drop.p,
+    )

@@ -1,0 +1,150 @@
+"""The laws every host is held to, written once: each takes a real model.
+
+A host's test file calls them for each of its families, so that a law added here is
+tested on all of them, and a new mechanism is covered by being in `MECHANISMS`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import manyheads as mh
+from manyheads.attention import MECHANISMS, AttentionSpec, Mechanism
+from manyheads.errors import SwapRefused
+from manyheads.hosts import find_host, mechanism_of
+from tests.helpers import assert_close
+
+SPECS: tuple[AttentionSpec, ...] = tuple(kind() for kind in MECHANISMS)
+COMPACT = mh.Recipe(mh.Swap(ffn=mh.Compact(rank=0.5)))
+
+
+def everywhere(spec: AttentionSpec) -> mh.Recipe:
+    return mh.Recipe(mh.Swap(attention=spec))
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Move every parameter off its start, so that no zero hides a mistake."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model.eval()
+
+
+def pictures(model: nn.Module, size: tuple[int, int] | None = None) -> Tensor:
+    host, _ = find_host(model)
+    wanted = host.image_input(model)
+    return torch.randn(2, wanted.channels, *(size or wanted.size))
+
+
+def answer(model: nn.Module, images: Tensor) -> Tensor:
+    host, _ = find_host(model)
+    with torch.no_grad():
+        return host.output(host.feed(model, images))
+
+
+def identity_law(model: nn.Module) -> None:
+    images = pictures(model)
+    before = answer(model, images)
+    assert before.abs().max() > 1e-3, "the model says nothing, so nothing is tested"
+    after = answer(mh.convert(model, everywhere(mh.Softmax())), images)
+    difference = (after - before).abs().max() / before.abs().max()
+    assert difference <= 1e-5, f"logits moved by {difference:.1e}"
+
+
+def mechanism_law(model: nn.Module, spec: AttentionSpec) -> nn.Module:
+    """Twin and map: what runs inside the real model equals its slow form."""
+    student = _converted(model, spec)
+    met: list[tuple[Mechanism, tuple[Any, ...], Tensor]] = []
+
+    def note(module: Mechanism, args: tuple[Any, ...], out: Tensor) -> None:
+        met.append((module, args, out))
+
+    cores = [m for m in student.modules() if isinstance(m, Mechanism)]
+    for core in cores:
+        core.register_forward_hook(note)
+    result = answer(student, pictures(student))
+    assert result.isfinite().all()
+    assert len(met) >= len(cores) > 0
+    for core, (q, k, v, *rest), out in met:
+        assert_close(out, core.reference(q, k, v, *rest), slack=10)
+    return student
+
+
+def untouched_law(model: nn.Module, spec: AttentionSpec) -> None:
+    before = copy.deepcopy(model.state_dict())
+    kinds = [type(module) for module in model.modules()]
+    images = pictures(model)
+    said = answer(model, images)
+    _converted(model, spec)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert [type(module) for module in model.modules()] == kinds
+    assert torch.equal(answer(model, images), said)
+
+
+def cost_law(model: nn.Module, spec: AttentionSpec) -> None:
+    """The closed forms are no more than what torch counts, and parameters exact."""
+    plain = mh.cost(model)
+    student = _converted(model, spec)
+    swapped = mh.cost(student)
+    assert plain.ledger.rest == swapped.ledger.rest >= 0
+    assert swapped.num_parameters == sum(p.numel() for p in student.parameters())
+    for block in swapped.blocks:
+        assert block.projections > 0
+        assert block.attention_matrices > 0
+
+
+def resolution_law(
+    model: nn.Module, spec: AttentionSpec, size: tuple[int, int]
+) -> None:
+    student = _converted(model, spec)
+    host, _ = find_host(student)
+    native = answer(student, pictures(student))
+    fed = host.resize(student, size)
+    assert fed == size, "choose sizes of whole patches for this law"
+    resized = answer(student, pictures(student, fed))
+    assert resized.isfinite().all()
+    assert resized.shape[-1] == native.shape[-1]
+    assert mh.cost(student, image_size=size).ledger.fed_size == size
+
+
+def compact_law(model: nn.Module) -> nn.Module:
+    student = mh.convert(model, COMPACT)
+    assert answer(student, pictures(student)).isfinite().all()
+    was, now = (sum(p.numel() for p in m.parameters()) for m in (model, student))
+    assert now < was
+    _, sites = find_host(student)
+    assert all(site.ffn == mh.Compact(rank=0.5) for site in sites)
+    return student
+
+
+def round_trip_law(model: nn.Module, recipe: mh.Recipe, folder: Any) -> nn.Module:
+    student = mh.convert(model, recipe).eval()
+    again = mh.load(mh.save(student, folder))
+    images = pictures(student)
+    assert torch.equal(answer(again, images), answer(student, images))
+    assert find_host(again)[1] == find_host(student)[1]
+    return again
+
+
+def grids_seen(student: nn.Module) -> list[Any]:
+    """The token grids that the converted layers read after the last image."""
+    layers = [m for m in student.modules() if mechanism_of(m) is not None]
+    return [m.token_grid() for m in layers if m.token_grid is not None]
+
+
+def _converted(model: nn.Module, spec: AttentionSpec) -> nn.Module:
+    return mh.convert(model, everywhere(spec)).eval()
+
+
+def refusal_of(model: nn.Module, recipe: mh.Recipe) -> str:
+    try:
+        mh.preview(model, recipe)
+    except SwapRefused as error:
+        return error.found
+    raise AssertionError("it was not refused")

@@ -1,0 +1,196 @@
+"""Measurements: what is recorded, what stays untouched, what is refused.
+
+No test looks at how long anything takes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from manyheads import Hydra, Recipe, Swap, bench, convert, cost
+from manyheads.errors import InvalidOption, UnknownHost
+from manyheads.machine import conditions
+from manyheads.memory_probe import measure_memory
+from manyheads.stopwatch import race, ratios, spread
+from tests.helpers import tiny_vit
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[nn.Module, nn.Module]:
+    teacher = tiny_vit()
+    return teacher, convert(teacher, Recipe(Swap(attention=Hydra())))
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_each_model_has_a_row_with_its_counts_and_ratios(
+    pair: tuple[nn.Module, nn.Module],
+) -> None:
+    found = bench(*pair, rounds=4, memory=False, batch_size=2, progress=False)
+    assert (found.rounds, found.rounds_asked, found.batch_size) == (4, 4, 2)
+    assert found.image_size == (32, 32)
+    for row, model in zip(found.rows, pair, strict=True):
+        assert row.flops == cost(model).flops
+        assert row.parameters == cost(model).num_parameters
+        low, high = row.latency_quartiles_ms
+        assert 0 < low <= row.latency_ms <= high
+        assert row.throughput == pytest.approx(2e3 / row.latency_ms)
+        assert row.ratio_quartiles[0] <= row.ratio <= row.ratio_quartiles[1]
+    assert found.rows[0].ratio == 1
+    assert found.rows[0].ratio_quartiles == (1, 1)
+    assert found.warnings == ()
+
+
+def test_the_default_names_say_what_is_in_a_model(
+    pair: tuple[nn.Module, nn.Module],
+) -> None:
+    found = bench(*pair, pair[1], rounds=1, memory=False, progress=False)
+    assert [row.name for row in found.rows] == [
+        "VisionTransformer with 3 Softmax()",
+        "VisionTransformer with 3 Hydra()",
+        "VisionTransformer with 3 Hydra() #2",
+    ]
+
+
+def test_json_holds_all_of_it_and_the_conditions(
+    pair: tuple[nn.Module, nn.Module],
+) -> None:
+    found = bench(*pair, rounds=2, memory=False, names=["a", "b"], progress=False)
+    again = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert again == found.to_json()
+    assert (again["format"], again["version"]) == ("manyheads.bench", 1)
+    assert [row["name"] for row in again["rows"]] == ["a", "b"]
+    machine = again["conditions"]
+    assert machine["torch"] == torch.__version__
+    assert machine["threads"] == torch.get_num_threads()
+    assert machine["device"] == "cpu"
+    assert machine["dtype"] == "float32"
+    assert "not known" in machine["weights"]
+    assert {"date", "cpu", "python", "timm", "manyheads", "git", "command"} <= {
+        *machine
+    }
+
+
+def test_a_size_that_does_not_fill_patches_is_padded_and_said_so(
+    pair: tuple[nn.Module, nn.Module],
+) -> None:
+    before = [_state(model) for model in pair]
+    pair[0].train()
+    found = bench(*pair, image_size=(36, 64), rounds=1, memory=False, progress=False)
+    assert pair[0].training
+    pair[0].eval()
+    assert found.image_size == (36, 64)
+    assert {row.fed_size for row in found.rows} == {(40, 64)}
+    assert "36x64, padded to 40x64" in str(found)
+    for model, state in zip(pair, before, strict=True):
+        assert model.patch_embed.img_size == (32, 32)
+        assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
+
+
+def test_a_slower_or_larger_cell_is_marked() -> None:
+    wide = tiny_vit(embed_dim=96)
+    text = str(bench(tiny_vit(), wide, rounds=1, memory=False, progress=False))
+    cells = next(line for line in text.splitlines() if line.endswith("measured"))
+    assert "not measured" in cells
+    larger = text.splitlines()[2]
+    parameters = (
+        f"({cost(wide).num_parameters / cost(tiny_vit()).num_parameters:.2f} !)"
+    )
+    assert parameters in larger
+
+
+def test_memory_is_that_of_a_fresh_process() -> None:
+    found = bench(tiny_vit(), batch_size=256, rounds=1, progress=False)
+    assert found.warnings == ()
+    (row,) = found.rows
+    assert row.peak_mib is not None
+    assert row.extra_mib is not None
+    # The hidden layer of the blocks alone: 256 images, 17 tokens, 192 features.
+    assert row.extra_mib > 256 * 17 * 192 * 4 / 2**20
+    assert row.extra_mib < row.peak_mib
+
+
+def test_memory_that_cannot_be_measured_is_none_with_a_warning() -> None:
+    model = tiny_vit()
+    model.secret = lambda x: x
+    found = bench(model, rounds=1, names=["closed"], progress=False)
+    assert found.rows[0].peak_mib is None
+    assert found.rows[0].extra_mib is None
+    assert len(found.warnings) == 1
+    assert "closed" in found.warnings[0]
+    assert "another process" in found.warnings[0]
+    assert found.warnings[0] in str(found)
+    assert "not measured" in str(found)
+
+
+def test_the_handed_over_file_is_gone_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    failing = nn.Sequential(nn.Linear(3, 3))
+    reason = measure_memory(failing, torch.zeros(1, 4))
+    assert isinstance(reason, str)
+    assert "ended with 1" in reason
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_turns_alternate_and_no_round_begins_when_time_is_over() -> None:
+    seen: list[str] = []
+    laps = race(
+        [lambda: seen.append("a"), lambda: seen.append("b")],
+        rounds=50,
+        budget_s=0.0,
+        device=CPU,
+    )
+    assert [len(lap) for lap in laps] == [3, 3]
+    assert "".join(seen) == "aaabbb" + "abbaab"
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    found = ratios([2.0, 40.0, 6.0], [1.0, 10.0, 3.0])
+    assert (found.lower, found.median, found.upper) == (2.0, 2.0, 3.0)
+    alone = spread([7.0])
+    assert (alone.lower, alone.median, alone.upper) == (7.0, 7.0, 7.0)
+
+
+def test_conditions_name_no_path_of_this_machine() -> None:
+    told = json.dumps(conditions(CPU, torch.float32))
+    assert str(Path.home()) not in told
+    assert str(Path.cwd()) not in told
+
+
+@pytest.mark.parametrize(
+    ("options", "fact"),
+    [
+        ({"rounds": 0}, "rounds=0"),
+        ({"batch_size": -2}, "batch_size=-2"),
+        ({"image_size": (0, 32)}, "image_size=(0, 32)"),
+        ({"names": ["a", "b"]}, "2 different names for 1 models"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, object], fact: str) -> None:
+    with pytest.raises(InvalidOption) as caught:
+        bench(tiny_vit(), memory=False, progress=False, **options)
+    assert fact in str(caught.value)
+    assert caught.value.fix
+
+
+def test_no_model_or_models_apart_are_refused() -> None:
+    with pytest.raises(InvalidOption, match="no model is given"):
+        bench()
+    with pytest.raises(InvalidOption, match="cpu, meta"):
+        bench(tiny_vit(), tiny_vit().to("meta"), progress=False)
+
+
+def test_a_model_without_a_host_is_refused_by_name() -> None:
+    with pytest.raises(UnknownHost, match="Sequential"):
+        bench(nn.Sequential(nn.Linear(3, 3)), progress=False)
