@@ -147,7 +147,7 @@ def take_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
     return torch.stack([x[:, :, head] for head in heads], dim=2)
 
 
-def join_heads(parts: Sequence[Tensor]) -> Tensor:
+def join_heads(parts: list[Tensor]) -> Tensor:
     """Put heads of several tensors side by side on axis 2; one comes back as it is."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
