@@ -284,7 +284,8 @@ def _beside(value: int | float | None, base: int | float | None, unit: float) ->
     """Show a value with its ratio to the base, marked where it is worse."""
     if value is None:
         return "not measured"
-    shown = f"{value / unit:,.4g}"
+    scaled = value / unit
+    shown = f"{scaled:,.0f}" if scaled >= 1000 else f"{scaled:.4g}"
     if not base:
         return shown
     return f"{shown} ({value / base:.2f}{_mark(value / base)})"

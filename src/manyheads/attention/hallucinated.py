@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -76,6 +76,8 @@ class Hallucinated(AttentionSpec):
     Raises:
         InvalidOption: An option has a value that no layer could use.
     """
+
+    takes_reduced_keys: ClassVar[bool] = True
 
     stage: Stage = "probabilities"
     kernel_size: int = 3

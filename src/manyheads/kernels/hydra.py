@@ -111,10 +111,9 @@ def hydra_into(
         v: As for `hydra`.
         key_mask: As for `hydra`.
     """
-    cut = tiles(q)
-    buffer = _buffer(q, cut)
-    summary = _summary(k, v, key_mask, cut, buffer)
-    _gate(q, summary, None, cut, buffer, out)
+    buffer = _buffer(q, k)
+    summary = _summary(k, v, key_mask, buffer)
+    _gate(q, summary, None, buffer, out)
     return out
 
 
@@ -135,15 +134,14 @@ def hydra_backward(
         dk = (t * v - b <b, t * v>) / |k|           dv = t * b
     """
     dq, dk, dv = (
-        torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3)
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)
     )
-    cut = tiles(q)
-    buffer = _buffer(q, cut)
-    summary = _summary(k, v, key_mask, cut, buffer)
-    gathered = _summary(q, grad, None, cut, buffer)
-    _through_unit(grad, q, summary, None, cut, buffer, dq)
-    _through_unit(v, k, gathered, key_mask, cut, buffer, dk)
-    _gate(k, gathered, key_mask, cut, buffer, dv)
+    buffer = _buffer(q, k)
+    summary = _summary(k, v, key_mask, buffer)
+    gathered = _summary(q, grad, None, buffer)
+    _through_unit(grad, q, summary, None, buffer, dq)
+    _through_unit(v, k, gathered, key_mask, buffer, dk)
+    _gate(k, gathered, key_mask, buffer, dv)
     return dq, dk, dv
 
 
@@ -151,10 +149,10 @@ def hydra_backward(
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    def fresh() -> Tensor:
-        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    def fresh(x: Tensor) -> Tensor:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
-    return fresh(), fresh(), fresh()
+    return fresh(q), fresh(k), fresh(v)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -170,12 +168,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
 hydra.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _summary(
-    x: Tensor, y: Tensor, key_mask: Tensor | None, cut: list[_Tile], buffer: Tensor
-) -> Tensor:
+def _summary(x: Tensor, y: Tensor, key_mask: Tensor | None, buffer: Tensor) -> Tensor:
     """Sum unit(x_n) * y_n over tokens, in the buffer's type: [B, 1, D]."""
     summary = buffer.new_zeros(x.shape[0], 1, x.shape[2])
-    for tile in cut:
+    for tile in tiles(x):
         room = _room(buffer, x[tile])
         wide = _widened(x[tile], room)
         weight = _inverse_length(wide, key_mask, tile)
@@ -191,12 +187,11 @@ def _gate(
     x: Tensor,
     factor: Tensor,
     key_mask: Tensor | None,
-    cut: list[_Tile],
     buffer: Tensor,
     out: Tensor,
 ) -> None:
     """Write unit(x_n) * factor to `out`."""
-    for tile in cut:
+    for tile in tiles(x):
         room = _room(buffer, x[tile])
         wide = _widened(x[tile], room)
         weight = _inverse_length(wide, key_mask, tile)
@@ -212,12 +207,11 @@ def _through_unit(
     x: Tensor,
     factor: Tensor,
     key_mask: Tensor | None,
-    cut: list[_Tile],
     buffer: Tensor,
     out: Tensor,
 ) -> None:
     """Pull grad * factor back through ``x / |x|`` and write it to `out`."""
-    for tile in cut:
+    for tile in tiles(x):
         room = _room(buffer, x[tile])
         wide = x[tile].to(room.dtype)
         weight = _inverse_length(wide, key_mask, tile)
@@ -238,10 +232,12 @@ def _inverse_length(x: Tensor, key_mask: Tensor | None, tile: _Tile) -> Tensor:
     return weight
 
 
-def _buffer(x: Tensor, cut: list[_Tile]) -> Tensor:
+def _buffer(*tensors: Tensor) -> Tensor:
     """Allocate one tile of float32 (float64 for float64), where sums are made."""
+    x = tensors[0]
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    largest = x[cut[0]].numel() if cut else 0
+    sizes = (y[tile].numel() for y in tensors for tile in tiles(y)[:1])
+    largest = max(sizes, default=0)
     return torch.empty(largest, dtype=wide, device=x.device)
 
 
@@ -256,14 +252,14 @@ def _widened(x: Tensor, room: Tensor) -> Tensor:
 
 
 @register_flop_formula([torch.ops.manyheads.hydra])
-def _flops(q: Any, *_: Any, **__: Any) -> int:
-    """Two multiply-adds a feature and token, at 2 FLOPs each."""
+def _flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
+    """One multiply-add a feature and key, one a feature and query, 2 FLOPs each."""
     B, N, D = q
-    return 2 * 2 * int(B) * int(N) * int(D)
+    return 2 * int(B) * (int(N) + int(k[1])) * int(D)
 
 
 @register_flop_formula([torch.ops.manyheads.hydra_backward])
-def _backward_flops(grad: Any, *_: Any, **__: Any) -> int:
+def _backward_flops(grad: Any, q: Any, k: Any, *_: Any, **__: Any) -> int:
     """The sum again, its transpose, and the three gradients' gates."""
     B, N, D = grad
-    return 2 * 5 * int(B) * int(N) * int(D)
+    return 2 * int(B) * (2 * int(N) + 3 * int(k[1])) * int(D)
