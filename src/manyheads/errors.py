@@ -23,6 +23,7 @@ __all__ = [
     "MaskRefused",
     "MissingExtra",
     "NonFiniteLoss",
+    "NotExportable",
     "NotHealable",
     "NothingToConvert",
     "SwapRefused",
@@ -117,6 +118,10 @@ class UnknownModel(ManyheadsError, ValueError):
 
 class NotHealable(ManyheadsError, ValueError):
     """Student and teacher do not fit each other, or nothing was converted."""
+
+
+class NotExportable(ManyheadsError, ValueError):
+    """A model cannot be written in this form."""
 
 
 class NonFiniteLoss(ManyheadsError, ArithmeticError):
