@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from manyheads.data import digits, image_source
+from manyheads.data.pictures import list_pictures, read_picture
 from manyheads.errors import DataError, InvalidOption, MissingExtra
-from manyheads.pictures import list_pictures, read_picture
 from tests.helpers import tiny_vit
 
 IMAGES = torch.linspace(-1, 1, 6 * 3 * 32 * 32).reshape(6, 3, 32, 32)

@@ -12,8 +12,8 @@ from PIL import Image
 import manyheads as mh
 from manyheads.cli import main
 from manyheads.demo import demo
+from manyheads.demo.findings import Demo
 from manyheads.errors import CheckpointError
-from manyheads.findings import Demo
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from manyheads.errors import (
     MissingExtra,
     NonFiniteLoss,
 )
-from manyheads.journal import Journal
+from manyheads.loop.journal import Journal
 from manyheads.training import Trained, train
 from tests.helpers import tiny_vit
 

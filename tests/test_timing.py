@@ -14,9 +14,9 @@ from torch import nn
 
 from manyheads import Hydra, Recipe, Swap, bench, convert, cost
 from manyheads.errors import InvalidOption, UnknownHost
-from manyheads.machine import conditions
-from manyheads.memory_probe import measure_memory
-from manyheads.stopwatch import race, ratios, spread
+from manyheads.gauges.machine import conditions
+from manyheads.gauges.memory import measure_memory
+from manyheads.gauges.stopwatch import race, ratios, spread
 from tests.helpers import tiny_vit
 
 CPU = torch.device("cpu")

@@ -17,12 +17,12 @@ from typer.main import get_command
 from manyheads import demo as demonstration
 from manyheads import healing, timing, training
 from manyheads.checkpoint import save
-from manyheads.console import note, run, show
 from manyheads.conversion import convert as convert_model
 from manyheads.conversion import preview as preview_model
 from manyheads.costs import cost as count_cost
-from manyheads.grammar import read_image_size, read_recipe
-from manyheads.sources import NamedModel, open_model
+from manyheads.terminal.console import note, run, show
+from manyheads.terminal.grammar import read_image_size, read_recipe
+from manyheads.terminal.sources import NamedModel, open_model
 
 __all__ = ["app", "main"]
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from manyheads.attention.pairing import HeadChoice
+from manyheads.calibration import Images, calibrate
 from manyheads.hosts import find_host
 from manyheads.ledger import BlockCost, Ledger, keep_books
 from manyheads.recipe import Recipe
@@ -49,6 +51,8 @@ class Preview:
         parameters: Parameters of the whole model, before and after.
         flops: Multiply-adds of the whole model for one image, before and after.
         image_size: Height and width for which work was counted.
+        heads: Per block that becomes hallucinated, the heads that calibration images
+            keep real and how alike the others are to them; empty without images.
         left_alone: Attention that is linear in tokens already (class attention,
             attention pooling, channel attention) and by rule never converted.
     """
@@ -57,11 +61,12 @@ class Preview:
     parameters: tuple[int, int]
     flops: tuple[int, int]
     image_size: tuple[int, int]
+    heads: tuple[HeadChoice, ...] = ()
     left_alone: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Give everything as JSON values."""
-        return asdict(self)
+        return asdict(self) | {"heads": [choice.to_json() for choice in self.heads]}
 
     def __str__(self) -> str:
         cells = [("block", "was", "becomes", "parameters", "MFLOPs")]
@@ -89,6 +94,8 @@ class Preview:
             f"whole model at {height}x{width}: {p0 / 1e6:.2f} -> {p1 / 1e6:.2f} M "
             f"parameters, {f0 / 1e9:.2f} -> {f1 / 1e9:.2f} GFLOPs (multiply-add = 1)"
         )
+        lines += ["hallucinated heads, by similarity of maps:"] * bool(self.heads)
+        lines += [f"  {choice}" for choice in self.heads]
         lines += [f"left alone, linear already: {layer}" for layer in self.left_alone]
         return "\n".join(lines)
 
@@ -98,6 +105,7 @@ def preview(
     recipe: Recipe,
     *,
     image_size: tuple[int, int] | None = None,
+    images: Images | None = None,
     paths: Sequence[str] | None = None,
 ) -> Preview:
     """Show what `convert` would do, block by block, changing nothing.
@@ -107,6 +115,8 @@ def preview(
         recipe: What the blocks are to become.
         image_size: Height and width for which work is counted; None for the native
             size.
+        images: Calibration images, as for `convert`; with them the result says which
+            heads would stay real and how alike the others are to them.
         paths: In a model of your own, the attention layers to count as its blocks;
             see `convert`.
 
@@ -115,9 +125,12 @@ def preview(
         NothingToConvert: A block is out of range, or nothing would change.
         SwapRefused: A mechanism cannot carry what a layer does.
         ImageSizeError: The size gives no valid token grid.
+        DataError: The images are none, or no images.
     """
     host, sites = find_host(model, paths)
     operations = plan_swaps(model, sites, recipe)
+    if images is not None:
+        operations = calibrate(model, host, operations, images)
     before = keep_books(model, host, sites, image_size)
     blank = blank_copy(model)
     apply_swaps(blank, host, operations)
@@ -127,23 +140,35 @@ def preview(
         parameters=(before.num_parameters, after.num_parameters),
         flops=(before.total, after.total),
         image_size=before.image_size,
+        heads=tuple(op.heads for op in operations if op.heads is not None),
         left_alone=host.left_alone(model),
     )
 
 
 def convert(
-    model: nn.Module, recipe: Recipe, *, paths: Sequence[str] | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    images: Images | None = None,
+    paths: Sequence[str] | None = None,
 ) -> nn.Module:
     """Make a new model whose blocks are what the recipe says.
 
     The given model stays bit for bit as it was; healing needs it as the teacher.
     Weights are inherited where they mean the same: Hydra keeps all of a layer's
-    projections and adds nothing, a compact layer starts as the best approximation of
-    its rank. Type, device, training mode and `requires_grad` carry over.
+    projections and adds nothing, hallucinated attention keeps the queries and keys of
+    its real heads, a compact layer starts as the best approximation of its rank.
+    Type, device, training mode and `requires_grad` carry over.
 
     Args:
         model: A hosted model, converted already or not.
         recipe: What the blocks are to become.
+        images: Calibration images, one batch [B, channels, height, width] or an
+            iterable of batches, normalised as the model wants them. With them the
+            real heads of hallucinated attention and the partner of each other head
+            are chosen by how alike their maps are, and compact layers start closest
+            to the outputs seen; without, the first half of the heads is real and the
+            matrix alone is approximated.
         paths: In a model of your own, the module paths of the attention layers that
             count as its blocks 0, 1, ...: each a `torch.nn.MultiheadAttention`, or a
             layer with `qkv`, `proj` and `num_heads` that computes what timm's does.
@@ -155,9 +180,12 @@ def convert(
         UnknownHost: No host knows the model.
         NothingToConvert: A block is out of range, or nothing would change.
         SwapRefused: A mechanism cannot carry what a layer does.
+        DataError: The images are none, or no images.
     """
     host, sites = find_host(model, paths)
     operations = plan_swaps(model, sites, recipe)
+    if images is not None:
+        operations = calibrate(model, host, operations, images)
     student = copy.deepcopy(model)
     apply_swaps(student, host, operations)
     return student

@@ -20,9 +20,9 @@ from torch import nn
 from manyheads.data import Images, ImageSource, image_source
 from manyheads.errors import InvalidOption
 from manyheads.loop import Run
+from manyheads.loop.stages import RunOptions, Stage, StageRecord, require_positive
+from manyheads.loop.weights import fingerprint, keeping_modes
 from manyheads.pairing import Pair
-from manyheads.stages import RunOptions, Stage, StageRecord, require_positive
-from manyheads.weights import fingerprint, keeping_modes
 
 __all__ = ["BlockHealing", "Healed", "heal"]
 
@@ -98,11 +98,11 @@ def heal(
     teacher: nn.Module,
     images: Images,
     *,
-    block_epochs: int = 5,
-    logit_epochs: int = 10,
+    block_epochs: int = 2,
+    logit_epochs: int = 13,
     batch_size: int = 64,
     block_learning_rate: float | int = 1e-3,
-    learning_rate: float | int = 5e-4,
+    learning_rate: float | int = 1e-3,
     weight_decay: float | int = 0.0,
     warmup_epochs: float | int = 0.5,
     temperature: float | int = 1.0,
@@ -127,8 +127,12 @@ def heal(
     moves, frozen parameters too. Dropout and stochastic depth rest in both, because
     the target is fixed. The teacher is read only.
 
-    The papers do not fix any of this; the defaults come from a small study on
-    handwritten digits.
+    The papers do not fix any of this. The defaults come from a small study on
+    handwritten digits: four blocks of width 64, all made Hydra, 15 epochs in all.
+    Divergence on unseen digits was 0.18 with 2 + 13 and with 0 + 15 epochs, 0.20 with
+    5 + 10 (each the mean of two seeds) and 0.35 with 15 + 0 (one seed); accuracy was
+    best with 2 + 13. One model: a start, not a law. A large pretrained model may want
+    a lower rate.
 
     Cost: a step of stage one is the teacher's forward pass and forward and backward
     of the converted blocks; one of stage two, the teacher's forward and the student's

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from manyheads.attention import CoreCost
 from manyheads.errors import CostError
+from manyheads.ffn import Pointwise
 from manyheads.geometry import Geometry, Grid
 from manyheads.hosts import Host, Site, mechanism_of, token_count
 from manyheads.surgery import blank_copy
@@ -156,9 +158,10 @@ class _Walk:
         self.model, self.sites = model, sites
         self.normalisation = 0
         self.linear: dict[str, int] = dict.fromkeys(
-            (name for name, m in model.named_modules() if isinstance(m, nn.Linear)), 0
+            (name for name, m in model.named_modules() if isinstance(m, Pointwise)), 0
         )
         self.tokens: dict[str, tuple[int, int]] = {}
+        self.keys: dict[str, int] = {}
         self.grids: dict[str, Grid] = {}
         self._hooks = ExitStack()
 
@@ -167,14 +170,18 @@ class _Walk:
             work = _work_per_element(module)
             if work:
                 self._hook(module, self._note_norm(work))
-            if isinstance(module, nn.Linear):
+            if isinstance(module, Pointwise):
                 self._hook(module, self._note_linear(name))
             if isinstance(module, nn.MultiheadAttention):
                 self._hook(module, self._note_packed(name))
         for site in self.sites:
             module = self.model.get_submodule(site.attention_path)
-            note = self._note_tokens(site.attention_path)
-            self._hook(module, note, with_kwargs=True)
+            if not site.fixed:
+                note = self._note_tokens(site.attention_path)
+                self._hook(module, note, with_kwargs=True)
+            if site.keys_path is not None:
+                keys = self.model.get_submodule(site.keys_path)
+                self._hook(keys, self._note_keys(site.attention_path))
             core = mechanism_of(module)
             if core is not None and core.needs_grid:
                 self._hook(core, self._note_grid(site.attention_path))
@@ -184,8 +191,10 @@ class _Walk:
 
     def book(self, site: Site) -> BlockCost:
         """Turn the notes on one site into its closed-form cost."""
-        images, num_tokens = self.tokens[site.attention_path]
-        core = site.attention.core_cost(self._geometry(site), num_tokens)
+        images, num_tokens = self.tokens.get(site.attention_path, (0, 0))
+        core = CoreCost(attention=0)
+        if not site.fixed:
+            core = site.attention.core_cost(self._geometry(site), num_tokens)
         mixing = site.attention_parts or (site.attention_path,)
         home = (site.ffn_path or "").rpartition(".")[0]
         feed_forward = site.ffn_parts or ((home,) if home else ())
@@ -193,7 +202,7 @@ class _Walk:
         return BlockCost(
             index=site.index,
             path=site.path,
-            attention=repr(site.attention),
+            attention=site.fixed or repr(site.attention),
             ffn=repr(site.ffn) if site.ffn else "",
             num_tokens=num_tokens,
             num_parameters=sum(_count(self.model.get_submodule(p)) for p in parts),
@@ -206,9 +215,10 @@ class _Walk:
         )
 
     def _geometry(self, site: Site) -> Geometry:
-        """Give the layer's sizes with the token grid of this walk, where it was met."""
+        """Give the layer's sizes with keys and grid as they were met on this walk."""
+        keys = self.keys.get(site.attention_path, site.geometry.reduced_keys)
         grid = self.grids.get(site.attention_path, site.geometry.grid)
-        return replace(site.geometry, grid=grid)
+        return replace(site.geometry, reduced_keys=keys, grid=grid)
 
     def _within(
         self, paths: tuple[str, ...], *, but: str = "none", rows: int = 0
@@ -234,9 +244,15 @@ class _Walk:
         return note
 
     def _note_linear(self, name: str) -> Callable[..., None]:
-        def note(module: nn.Linear, __: Any, output: Tensor) -> None:
-            rows = output.numel() // module.out_features
-            self.linear[name] += rows * module.weight.numel()
+        def note(module: Pointwise, __: Any, output: Tensor) -> None:
+            places = output.numel() // module.weight.shape[0]
+            self.linear[name] += places * module.weight.numel()
+
+        return note
+
+    def _note_keys(self, path: str) -> Callable[..., None]:
+        def note(_: nn.Module, __: Any, output: Tensor) -> None:
+            self.keys[path] = output.shape[-2]
 
         return note
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from manyheads.data import Batch
 from manyheads.errors import NotHealable
 from manyheads.hosts import Site, find_host
-from manyheads.probes import Recorder, broken_block, like, try_one
-from manyheads.weights import keeping_modes
+from manyheads.loop.probes import Recorder, broken_block, like, try_one
+from manyheads.loop.weights import keeping_modes
 
 __all__ = ["Pair"]
 

@@ -13,15 +13,17 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 
-from manyheads.attention import AttentionSpec
+from manyheads.attention import AttentionSpec, Mechanism
+from manyheads.attention.hallucinated import HallucinatedAttention
+from manyheads.attention.pairing import HeadChoice
 from manyheads.errors import (
     GeometryMismatch,
     InvalidRecipe,
     NothingToConvert,
     SwapRefused,
 )
-from manyheads.ffn import FeedForwardSpec
-from manyheads.hosts import Host, Site, replace_module
+from manyheads.ffn import FeedForwardSpec, OutputMoments, Pointwise
+from manyheads.hosts import Host, Site, mechanism_of, replace_module
 from manyheads.recipe import Recipe, Swap
 from manyheads.specs import Spec
 
@@ -37,12 +39,16 @@ class Operation:
         attention: The new mechanism, or None to leave what is there.
         ffn: The new output matrix, or None to leave what is there.
         left_alone: Why a part that the recipe meets is not swapped; empty if none is.
+        heads: Which heads calibration images keep real, where they were asked.
+        moments: What the output matrix gave on calibration images, likewise.
     """
 
     site: Site
     attention: AttentionSpec | None
     ffn: FeedForwardSpec | None
     left_alone: str = ""
+    heads: HeadChoice | None = None
+    moments: OutputMoments | None = None
 
 
 def plan_swaps(
@@ -67,7 +73,7 @@ def plan_swaps(
     for site in sites:
         mixer, output = attention.get(site.index), ffn.get(site.index)
         left_alone = []
-        if mixer and (reason := mixer.exempt(site.geometry)):
+        if mixer and (reason := site.fixed or mixer.exempt(site.geometry)):
             left_alone.append(reason)
             mixer = None
         try:
@@ -108,11 +114,17 @@ def apply_swaps(model: nn.Module, host: Host, operations: Sequence[Operation]) -
     for operation in operations:
         site = operation.site
         if operation.attention is not None:
+            if operation.heads is not None:
+                host.permute_heads(model, site, operation.heads.order)
+            old = mechanism_of(model.get_submodule(site.attention_path))
             new = host.swap_attention(model, site, operation.attention)
             replace_module(model, site.attention_path, new)
+            _pair(mechanism_of(new), old, operation.heads)
         if operation.ffn is not None and site.ffn_path is not None:
-            output = cast("nn.Linear", model.get_submodule(site.ffn_path))
-            replace_module(model, site.ffn_path, operation.ffn.build(output))
+            output = cast("Pointwise", model.get_submodule(site.ffn_path))
+            replace_module(
+                model, site.ffn_path, operation.ffn.build(output, operation.moments)
+            )
     host.track_grid(model)
 
 
@@ -144,6 +156,18 @@ def blank_copy(model: nn.Module) -> nn.Module:
             for t in tensors
         }
     return copy.deepcopy(model, memo)
+
+
+def _pair(
+    new: Mechanism | None, old: Mechanism | None, heads: HeadChoice | None
+) -> None:
+    """Tell a fresh mechanism its partners: as chosen, or as they were before it."""
+    if not isinstance(new, HallucinatedAttention):
+        return
+    if heads is not None:
+        new.pair(heads.pairing)
+    elif isinstance(old, HallucinatedAttention):
+        new.pair(old.pairing)
 
 
 _Spec = TypeVar("_Spec", bound=Spec)
@@ -204,6 +228,11 @@ def _attention_problem(site: Site, spec: AttentionSpec) -> str | None:
         )
     if needs < has and site.fixed_query_heads:
         return f"{spec} projects queries of {needs} heads and {site.fixed_query_heads}"
+    if site.geometry.reduced_keys is not None and not spec.takes_reduced_keys:
+        return (
+            f"its keys are reduced to {site.geometry.reduced_keys} tokens and {spec} "
+            "is defined where queries and keys are the same tokens"
+        )
     return spec.problem(site.geometry)
 
 
@@ -211,7 +240,7 @@ def _ffn_problem(model: nn.Module, site: Site, spec: FeedForwardSpec) -> str | N
     output = model.get_submodule(site.ffn_path or "")
     if site.ffn == spec:
         return f"it already is {spec}"
-    if not isinstance(output, nn.Linear):
+    if not isinstance(output, Pointwise):
         return f"it already is {site.ffn}; convert the original model instead"
     return spec.problem(output)
 

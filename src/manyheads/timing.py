@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.errors import InvalidOption
+from manyheads.gauges.machine import conditions
+from manyheads.gauges.memory import Memory, measure_memory
+from manyheads.gauges.stopwatch import race, ratios, spread
 from manyheads.hosts import Host, Site, find_host
 from manyheads.ledger import Ledger, keep_books
-from manyheads.machine import conditions
-from manyheads.memory_probe import Memory, measure_memory
-from manyheads.stopwatch import race, ratios, spread
 
 __all__ = ["Bench", "BenchRow", "bench"]
 
@@ -284,7 +284,8 @@ def _beside(value: int | float | None, base: int | float | None, unit: float) ->
     """Show a value with its ratio to the base, marked where it is worse."""
     if value is None:
         return "not measured"
-    shown = f"{value / unit:,.4g}"
+    scaled = value / unit
+    shown = f"{scaled:,.0f}" if scaled >= 1000 else f"{scaled:.4g}"
     if not base:
         return shown
     return f"{shown} ({value / base:.2f}{_mark(value / base)})"

@@ -14,9 +14,9 @@ from manyheads.data import Batch, Images, ImageSource, image_source
 from manyheads.errors import DataError, NonFiniteLoss
 from manyheads.hosts import find_host
 from manyheads.loop import Run, progress_bar
-from manyheads.probes import broken_block, like, try_one
-from manyheads.stages import RunOptions, Stage, require_positive
-from manyheads.weights import fingerprint, keeping_modes
+from manyheads.loop.probes import broken_block, like, try_one
+from manyheads.loop.stages import RunOptions, Stage, require_positive
+from manyheads.loop.weights import fingerprint, keeping_modes
 
 __all__ = ["Evaluated", "Trained", "evaluate", "train"]
 

@@ -43,7 +43,14 @@ class CoreCost:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class AttentionSpec(Spec):
-    """A mechanism by name and options."""
+    """A mechanism by name and options.
+
+    Attributes:
+        takes_reduced_keys: Whether keys and values may be other tokens than the
+            queries, fewer as a rule.
+    """
+
+    takes_reduced_keys: ClassVar[bool] = False
 
     @abstractmethod
     def problem(self, geometry: Geometry) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -60,6 +60,8 @@ class Hydra(AttentionSpec):
             number, or is given to a kernel whose output does not grow.
     """
 
+    takes_reduced_keys: ClassVar[bool] = True
+
     kernel: Kernel = "cosine"
     reference_tokens: int | None = None
 
@@ -102,8 +104,9 @@ class Hydra(AttentionSpec):
         return HydraAttention(self, geometry)
 
     def core_cost(self, geometry: Geometry, num_tokens: int) -> CoreCost:
-        """Count ``2 N D`` for the summary and the gate, ``2 N D`` for the two phi."""
-        work = 2 * num_tokens * geometry.attention_dim
+        """Count ``(N + S) D`` for summary and gate, as much again for the two phi."""
+        num_keys = geometry.reduced_keys or num_tokens
+        work = (num_tokens + num_keys) * geometry.attention_dim
         return CoreCost(attention=work, elementwise=work)
 
 
@@ -118,19 +121,19 @@ class HydraAttention(Mechanism):
     def forward(
         self,
         q: Float[Tensor, "B N H K"],
-        k: Float[Tensor, "B N H K"],
-        v: Float[Tensor, "B N H K"],
-        mask: Bool[Tensor, "B N"] | Tensor | None = None,
+        k: Float[Tensor, "B S H K"],
+        v: Float[Tensor, "B S H K"],
+        mask: Bool[Tensor, "B S"] | Tensor | None = None,
         grid: Grid | None = None,
     ) -> Float[Tensor, "B N H K"]:
         """Mix the values; a masked key enters neither the sum nor the token count."""
-        B, N = v.shape[:2]
-        kept = key_mask_of(mask, B, N, "Hydra")
+        B, S = v.shape[:2]
+        kept = key_mask_of(mask, B, S, "Hydra")
         # Normalised queries arrive in float32 under autocast, values do not.
         flat = (q.to(v.dtype).flatten(2), k.to(v.dtype).flatten(2), v.flatten(2))
         if self.spec.kernel == "cosine" and kernel_hydra.use_operator():
             mixed = kernel_hydra.hydra(*flat, kept)
-            mixed = _corrected(mixed, self.spec.reference_tokens, N, kept)
+            mixed = _corrected(mixed, self.spec.reference_tokens, S, kept)
         else:
             mixed = hydra_attention(
                 *flat,
@@ -138,32 +141,32 @@ class HydraAttention(Mechanism):
                 key_mask=kept,
                 reference_tokens=self.spec.reference_tokens,
             )
-        return mixed.reshape(v.shape)
+        return mixed.reshape(q.shape)
 
     def maps(
         self,
         q: Float[Tensor, "B N H K"],
-        k: Float[Tensor, "B N H K"],
-        mask: Bool[Tensor, "B N"] | Tensor | None = None,
+        k: Float[Tensor, "B S H K"],
+        mask: Bool[Tensor, "B S"] | Tensor | None = None,
         grid: Grid | None = None,
-    ) -> Float[Tensor, "B D N N"]:
+    ) -> Float[Tensor, "B D N S"]:
         """Build one rank-1 map per feature: O(D N^2) memory, for small N only."""
         return hydra_maps(
             q.flatten(2),
             k.flatten(2),
             kernel=self.spec.kernel,
-            key_mask=key_mask_of(mask, q.shape[0], q.shape[1], "Hydra"),
+            key_mask=key_mask_of(mask, k.shape[0], k.shape[1], "Hydra"),
             reference_tokens=self.spec.reference_tokens,
         )
 
 
 def hydra_attention(
     q: Float[Tensor, "B N D"],
-    k: Float[Tensor, "B N D"],
-    v: Float[Tensor, "B N D"],
+    k: Float[Tensor, "B S D"],
+    v: Float[Tensor, "B S D"],
     *,
     kernel: Kernel = "cosine",
-    key_mask: Bool[Tensor, "B N"] | None = None,
+    key_mask: Bool[Tensor, "B S"] | None = None,
     reference_tokens: int | None = None,
 ) -> Float[Tensor, "B N D"]:
     """Let every token read one summary of the image, gated feature by feature.
@@ -188,18 +191,18 @@ def hydra_attention(
     """
     phi_q, phi_k = _features(q, k, kernel, key_mask)
     summary = (phi_k * _wide(v)).sum(dim=1, keepdim=True)  # [B, 1, D]
-    mixed = _corrected(phi_q * summary, reference_tokens, q.shape[1], key_mask)
+    mixed = _corrected(phi_q * summary, reference_tokens, k.shape[1], key_mask)
     return mixed.to(v.dtype)
 
 
 def hydra_maps(
     q: Float[Tensor, "B N D"],
-    k: Float[Tensor, "B N D"],
+    k: Float[Tensor, "B S D"],
     *,
     kernel: Kernel = "cosine",
-    key_mask: Bool[Tensor, "B N"] | None = None,
+    key_mask: Bool[Tensor, "B S"] | None = None,
     reference_tokens: int | None = None,
-) -> Float[Tensor, "B D N N"]:
+) -> Float[Tensor, "B D N S"]:
     """Build the map of every feature, the ones `hydra_attention` never forms.
 
         maps[d, n, m] = phi_q(q_n)[d] * phi_k(k_m)[d]      rank 1, one per feature
@@ -208,21 +211,21 @@ def hydra_maps(
     """
     phi_q, phi_k = _features(q, k, kernel, key_mask)
     maps = torch.einsum("bnd,bmd->bdnm", phi_q, phi_k)
-    return _corrected(maps, reference_tokens, q.shape[1], key_mask)
+    return _corrected(maps, reference_tokens, k.shape[1], key_mask)
 
 
 def _features(
     q: Float[Tensor, "B N D"],
-    k: Float[Tensor, "B N D"],
+    k: Float[Tensor, "B S D"],
     kernel: Kernel,
-    key_mask: Bool[Tensor, "B N"] | None,
-) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N D"]]:
+    key_mask: Bool[Tensor, "B S"] | None,
+) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B S D"]]:
     """Apply phi to both sides; masked keys become zero and so leave every sum."""
     q, k = _wide(q), _wide(k)
     if kernel == "cosine":
         phi_q, phi_k = _unit(q), _unit(k)
     elif kernel == "mean":
-        root = _num_kept(q.shape[1], key_mask, q).sqrt()
+        root = _num_kept(k.shape[1], key_mask, q).sqrt()
         phi_q, phi_k = q / root, k / root
     else:
         if key_mask is not None:
@@ -245,7 +248,7 @@ def _unit(x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
 
 
 def _num_kept(
-    num_tokens: int, key_mask: Bool[Tensor, "B N"] | None, like: Tensor
+    num_tokens: int, key_mask: Bool[Tensor, "B S"] | None, like: Tensor
 ) -> Float[Tensor, "#B 1 1"]:
     """Count the tokens that enter the sum, at least one."""
     if key_mask is None:
@@ -257,7 +260,7 @@ def _corrected(
     mixed: Tensor,
     reference_tokens: int | None,
     num_tokens: int,
-    key_mask: Bool[Tensor, "B N"] | None,
+    key_mask: Bool[Tensor, "B S"] | None,
 ) -> Tensor:
     """Scale by reference over actual token count; the identity where not asked for."""
     if reference_tokens is None:

@@ -269,8 +269,7 @@ def interactive_attention(
     Returns:
         Mixed tokens, before the output projection.
     """
-    q_marks, marked = find_landmarks(q, grid, landmarks, key_mask)
-    k_marks, _ = find_landmarks(k, grid, landmarks, key_mask)
+    q_marks, k_marks, marked = find_landmarks(q, k, grid, landmarks, key_mask)
     return attend(
         q,
         k,

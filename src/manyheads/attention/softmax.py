@@ -6,6 +6,7 @@ Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762, section 3.2
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,6 +28,8 @@ class Softmax(AttentionSpec):
     Swapping it in must leave a model's logits unchanged; every host is tested so. It
     has no options.
     """
+
+    takes_reduced_keys: ClassVar[bool] = True
 
     def problem(self, geometry: Geometry) -> str | None:
         """Every layer of a host can be served."""

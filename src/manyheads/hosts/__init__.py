@@ -16,6 +16,8 @@ from manyheads.hosts.base import (
 from manyheads.hosts.by_path import ByPath
 from manyheads.hosts.hf_vit import HuggingFaceViT
 from manyheads.hosts.own import OwnBackbone
+from manyheads.hosts.timm_nextvit import TimmNextViT
+from manyheads.hosts.timm_pvt import TimmPVT
 from manyheads.hosts.timm_rope import TimmRope
 from manyheads.hosts.timm_vit import TimmViT
 from manyheads.hosts.torchvision_vit import TorchvisionViT
@@ -34,6 +36,8 @@ __all__ = [
 
 HOSTS: tuple[Host, ...] = (
     TimmRope(),
+    TimmPVT(),
+    TimmNextViT(),
     TimmViT(),
     HuggingFaceViT(),
     TorchvisionViT(),
@@ -83,8 +87,8 @@ def _unknown(model: nn.Module, reason: str) -> UnknownHost:
         why="a block that is not understood exactly is never touched",
         fix="Supported: every timm model whose attention is timm.layers.Attention, "
         "AttentionRope or EvaAttention "
-        "(ViT, DeiT, DeiT-III, SigLIP, CLIP, DINOv2 and relatives); ViT, DeiT, DINOv2, "
-        "DINOv3, SigLIP, SigLIP 2, CLIP vision, I-JEPA and ViT-MAE of transformers; "
-        "torchvision's VisionTransformer. In a model of your own, name the layers: "
-        "convert(model, recipe, paths=[...]).",
+        "(ViT, DeiT, DeiT-III, SigLIP, CLIP, DINOv2 and relatives), timm's PVT-v2 and "
+        "Next-ViT; ViT, DeiT, DINOv2, DINOv3, SigLIP, SigLIP 2, CLIP vision, I-JEPA "
+        "and ViT-MAE of transformers; torchvision's VisionTransformer. In a model of "
+        "your own, name the layers: convert(model, recipe, paths=[...]).",
     )

@@ -45,6 +45,10 @@ class Site:
             the parent of `ffn_path`.
         fixed_query_heads: Why queries and keys cannot be projected for fewer heads, in
             one clause; empty where they can.
+        keys_path: The module whose output tokens become keys, where they are fewer
+            than the queries; None where every token is a key.
+        fixed: Why no recipe swaps what mixes tokens here, e.g. a convolution; empty
+            where it is attention.
     """
 
     index: int
@@ -58,6 +62,8 @@ class Site:
     attention_parts: tuple[str, ...] = ()
     ffn_parts: tuple[str, ...] = ()
     fixed_query_heads: str = ""
+    keys_path: str | None = None
+    fixed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

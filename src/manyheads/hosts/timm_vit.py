@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from manyheads.attention import AttentionSpec, Mechanism, Softmax
 from manyheads.errors import CheckpointError, ImageSizeError, MaskRefused
-from manyheads.ffn import CompactLinear
+from manyheads.ffn import CompactLinear, Pointwise
 from manyheads.geometry import Geometry, fit_to_patches
 from manyheads.hosts.base import Host, ImageInput, Site, TokenGrid, mechanism_of
 from manyheads.hosts.heads import (
@@ -327,7 +327,7 @@ def _output_path(model: nn.Module, block_path: str) -> str | None:
             "GluMlp",
             "SwiGLU",
         }
-        if feed_forward and isinstance(module.fc2, nn.Linear | CompactLinear):
+        if feed_forward and isinstance(module.fc2, Pointwise | CompactLinear):
             return f"{home}.{name}.fc2"
     return None
 

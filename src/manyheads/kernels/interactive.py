@@ -55,8 +55,8 @@ APART = Mixes()
 def tokens_at_once(weights_per_token: int, like: Tensor) -> int | None:
     """Say how many tokens are served at a time; None for all of them.
 
-    A portion's weights fit the caches on a CPU (measured: as fast as all at once for
-    512 tokens and more) and a small share of the memory elsewhere. With gradients
+    A portion's weights, a megabyte, fit a CPU's caches and are a small share of the
+    memory elsewhere. With gradients
     everything is kept anyway, and a traced program must not depend on the count.
 
     Args:
@@ -65,7 +65,7 @@ def tokens_at_once(weights_per_token: int, like: Tensor) -> int | None:
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    portion = 2**20 if like.device.type in ("cpu", "meta") else 2**26
+    portion = 2**18 if like.device.type in ("cpu", "meta") else 2**26
     return max(16, portion // weights_per_token)
 
 
@@ -122,49 +122,62 @@ def attend(
     summary = torch.stack(gathered).sum(dim=0) if len(gathered) > 1 else gathered[0]
     del over_tokens, gathered
     to_marks = to_marks * scale
-    parts = [
-        (
-            _mix(
-                mixes.after_queries,
-                _weights(part, to_marks, mixes.before_queries, _over_rows(marked)),
-            ).to(v.dtype)
-            @ summary
-        ).transpose(1, 2)
-        for part in _split(heads_q, step, dim=2)
-    ]
-    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def read(queries: Tensor) -> Tensor:
+        weights = _weights(queries, to_marks, mixes.before_queries, _over_rows(marked))
+        read = _mix(mixes.after_queries, weights).to(v.dtype) @ summary
+        return read.transpose(1, 2)
+
+    if step is None:
+        return read(heads_q)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    parts = zip(_split(heads_q, step, dim=2), _split(out, step, dim=1), strict=True)
+    for queries, place in parts:
+        place.copy_(read(queries))
+    return out
 
 
 def find_landmarks(
-    x: Float[Tensor, "B N H K"],
+    q: Float[Tensor, "B N H K"],
+    k: Float[Tensor, "B N H K"],
     grid: Grid,
     cells: Grid,
     kept: Bool[Tensor, "B N"] | None = None,
-) -> tuple[Float[Tensor, "B L H K"], Bool[Tensor, "B L"] | None]:
+) -> tuple[
+    Float[Tensor, "B L H K"], Float[Tensor, "B L H K"], Bool[Tensor, "B L"] | None
+]:
     """Give the prefix tokens as they are, then the averages of the cells.
 
     Args:
-        x: Prefix tokens, then the tokens of the grid row by row.
+        q: Queries: prefix tokens, then the tokens of the grid row by row.
+        k: Keys, in the same order.
         grid: Rows and columns of tokens.
         cells: Rows and columns of cells.
         kept: True for tokens that count; the others leave the averages.
 
     Returns:
-        The landmarks, and which of them stand for a token that counts (None for all).
+        Landmarks of the queries, of the keys, and which of them stand for a token
+        that counts (None for all).
     """
-    B, N, H, K = x.shape
-    prefix = N - grid[0] * grid[1]
-    patches = x[:, prefix:].flatten(2)
+    prefix = q.shape[1] - grid[0] * grid[1]
+    sides = _sides(grid, cells, q)
     if kept is None:
-        means = cell_means(patches, grid, cells)
-        return torch.cat([x[:, :prefix], means.reshape(B, -1, H, K)], dim=1), None
-    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    weight = kept[:, prefix:, None]
-    share = cell_means(weight.to(wide), grid, cells)
-    means = cell_means(patches.masked_fill(~weight, 0.0).to(wide), grid, cells)
-    means = (means / torch.where(share > 0, share, 1.0)).to(x.dtype)
-    marked = torch.cat([kept[:, :prefix], share[..., 0] > 0], dim=1)
-    return torch.cat([x[:, :prefix], means.reshape(B, -1, H, K)], dim=1), marked
+        means = [_means(x[:, prefix:].flatten(2), *sides) for x in (q, k)]
+        marked = None
+    else:
+        wide = torch.float64 if q.dtype is torch.float64 else torch.float32
+        sides = _sides(grid, cells, q.to(wide))
+        weight = kept[:, prefix:, None]
+        share = _means(weight.to(wide), *sides)
+        marked = torch.cat([kept[:, :prefix], share[..., 0] > 0], dim=1)
+        share = torch.where(share > 0, share, 1.0)
+        patches = [x[:, prefix:].flatten(2).masked_fill(~weight, 0.0) for x in (q, k)]
+        means = [(_means(x.to(wide), *sides) / share).to(q.dtype) for x in patches]
+    q_marks, k_marks = (
+        torch.cat([x[:, :prefix], mean.reshape(*mean.shape[:2], *x.shape[2:])], dim=1)
+        for x, mean in zip((q, k), means, strict=True)
+    )
+    return q_marks, k_marks, marked
 
 
 def cell_means(
@@ -188,25 +201,43 @@ def cell_means(
         grid: Rows and columns of tokens.
         cells: Rows and columns of cells.
     """
+    return _means(x, *_sides(grid, cells, x))
+
+
+def _means(
+    x: Float[Tensor, "B T D"],
+    of_rows: Float[Tensor, "I rows"],
+    of_columns: Float[Tensor, "J columns"],
+) -> Float[Tensor, "B L D"]:
+    """Average over columns, then over rows, given who belongs to which cell."""
     B, _, D = x.shape
-    rows, columns = grid
-    inside, count = _membership(columns, cells[1], x)
+    (I, rows), (J, columns) = of_rows.shape, of_columns.shape
     # Columns first: a packed projection is then read in place, one row at a time.
-    by_row = x.reshape(B * rows, columns, D)
-    x = torch.bmm(inside.expand(B * rows, -1, -1), by_row) / count
-    inside, count = _membership(rows, cells[0], x)
-    x = torch.bmm(inside.expand(B, -1, -1), x.reshape(B, rows, cells[1] * D)) / count
-    return x.reshape(B, cells[0] * cells[1], D)
+    x = torch.bmm(
+        of_columns.expand(B * rows, -1, -1), x.reshape(B * rows, columns, D)
+    ) / of_columns.sum(dim=1, keepdim=True)
+    x = torch.bmm(of_rows.expand(B, -1, -1), x.reshape(B, rows, J * D)) / of_rows.sum(
+        dim=1, keepdim=True
+    )
+    return x.reshape(B, I * J, D)
 
 
-def _membership(tokens: int, cells: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Say which tokens of a side each cell overlaps [cells, tokens], and how many."""
+def _sides(grid: Grid, cells: Grid, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Say which rows and which columns of tokens belong to those of the cells."""
+    rows, columns = (
+        _membership(tokens, count, like)
+        for tokens, count in zip(grid, cells, strict=True)
+    )
+    return rows, columns
+
+
+def _membership(tokens: int, cells: int, like: Tensor) -> Tensor:
+    """Say which tokens of a side each cell overlaps, 1 or 0: [cells, tokens]."""
     cell = torch.arange(cells, device=like.device)[:, None]
     token = torch.arange(tokens, device=like.device)[None]
     starts_before_end = token * cells < (cell + 1) * tokens
     ends_after_start = (token + 1) * cells > cell * tokens
-    inside = (starts_before_end & ends_after_start).to(like.dtype)
-    return inside, inside.sum(dim=1, keepdim=True)
+    return (starts_before_end & ends_after_start).to(like.dtype)
 
 
 def _weights(

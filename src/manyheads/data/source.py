@@ -22,11 +22,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from manyheads.bundled import Digits, digits
-from manyheads.errors import DataError, InvalidOption
-from manyheads.hosts import ImageInput, find_host
-from manyheads.pictures import Folder, list_pictures
-from manyheads.samples import (
+from manyheads.data.pictures import Folder, list_pictures
+from manyheads.data.samples import (
     FileSamples,
     Item,
     Preprocessing,
@@ -35,8 +32,10 @@ from manyheads.samples import (
     WrappedSamples,
     parts_of,
 )
+from manyheads.errors import DataError, InvalidOption
+from manyheads.hosts import ImageInput, find_host
 
-__all__ = ["Batch", "Digits", "ImageSource", "Images", "digits", "image_source", "mix"]
+__all__ = ["Batch", "ImageSource", "Images", "image_source", "mix"]
 
 Images = str | Path | Tensor | tuple[Tensor, Tensor] | Dataset[Any]
 """What every verb takes as `images`."""

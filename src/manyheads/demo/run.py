@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from manyheads.attention import Hydra
 from manyheads.checkpoint import load, save
-from manyheads.console import note
 from manyheads.conversion import convert
 from manyheads.costs import cost
 from manyheads.data import digits
+from manyheads.demo.figures import draw_demo
+from manyheads.demo.findings import Demo, DemoRow, LargeRow
 from manyheads.errors import CheckpointError, ManyheadsError
-from manyheads.figures import draw_demo
-from manyheads.findings import Demo, DemoRow, LargeRow
 from manyheads.healing import heal
 from manyheads.recipe import Recipe, Swap
-from manyheads.sources import open_model
+from manyheads.terminal.console import note
+from manyheads.terminal.sources import open_model
 from manyheads.timing import bench
 from manyheads.training import evaluate, train
 

@@ -49,7 +49,7 @@ def _draw_accuracy(axes: Any, rows: list[dict[str, Any]]) -> None:
         heights = [100 * row[f"accuracy_{stage}"] for row in students]
         places = [index + offset for index in range(len(students))]
         bars = axes.bar(places, heights, 0.36, color=colour, label=stage)
-        axes.bar_label(bars, fmt="%.1f", fontsize=9)
+        axes.bar_label(bars, fmt="%.1f", label_type="center", color="white")
     before = 100 * teacher["accuracy_before"]
     label = f"before: softmax, {before:.1f}"
     axes.axhline(before, color=SOFTMAX, linestyle="--", label=label)
@@ -75,7 +75,7 @@ def _draw_ratios(axes: Any, rows: list[dict[str, Any]]) -> None:
         ]
         colour = (HYDRA, HEALED)[number % 2]
         bars = axes.bar(places, ratios, 0.92 * width, color=colour, label=size)
-        axes.bar_label(bars, fmt="%.2fx", fontsize=9)
+        axes.bar_label(bars, fmt="%.2fx", label_type="center", color="white")
     axes.axhline(1, color=SOFTMAX, linestyle="--", label="softmax attention")
     axes.set_xticks(range(len(measures)), [names[key] for key in measures])
     axes.margins(y=0.2)

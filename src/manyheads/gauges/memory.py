@@ -4,7 +4,7 @@ A process that has measured one thing keeps its freed pages, so every figure nee
 fresh one. The model goes there in a file that this process writes and that one reads
 a moment later, in a folder nobody else may open:
 
-    parent   torch.save -> private folder -> python -m manyheads.memory_probe FOLDER
+    parent   torch.save -> private folder -> python -m manyheads.gauges.memory FOLDER
     child    load, note the memory, run twice, report the peak as one line of JSON
 """
 
@@ -72,7 +72,7 @@ def _ask(folder: str) -> Memory | str:
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "manyheads.memory_probe", folder],
+            [sys.executable, "-m", "manyheads.gauges.memory", folder],
             capture_output=True,
             text=True,
             check=False,

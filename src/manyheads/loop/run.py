@@ -27,10 +27,10 @@ from torch import nn
 
 from manyheads.data import Batch, ImageSource, mix
 from manyheads.errors import InvalidOption, MissingExtra, NonFiniteLoss
-from manyheads.interrupts import Interrupts
-from manyheads.journal import Journal
-from manyheads.stages import RunOptions, Stage, StageRecord
-from manyheads.weights import Keeper, free_only, keeping_modes
+from manyheads.loop.interrupts import Interrupts
+from manyheads.loop.journal import Journal
+from manyheads.loop.stages import RunOptions, Stage, StageRecord
+from manyheads.loop.weights import Keeper, free_only, keeping_modes
 
 __all__ = ["Run", "progress_bar"]
 

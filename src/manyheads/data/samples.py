@@ -15,8 +15,8 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from manyheads.data.pictures import Folder, as_mode, read_picture
 from manyheads.hosts import ImageInput
-from manyheads.pictures import Folder, as_mode, read_picture
 
 __all__ = [
     "FileSamples",

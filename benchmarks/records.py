@@ -1,0 +1,81 @@
+"""Recorded results: how they are named, written once, and found again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FORMAT", "RESULTS", "VERSION", "newest", "read_records", "write_record"]
+
+RESULTS = Path(__file__).parent / "results"
+FORMAT, VERSION = "manyheads.benchmark", 1
+
+
+def write_record(record: dict[str, Any], folder: Path) -> Path:
+    """Write a record under its case, hardware and month; never over another one.
+
+    The file appears whole or not at all, and a taken name gets a number.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{record['case']['name']}_{hardware(record)}_{_month(record)}"
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    handle, scratch = tempfile.mkstemp(prefix=".", suffix=".json", dir=folder)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(scratch).chmod(0o644)
+        number = 1
+        while True:
+            suffix = f"_{number}" if number > 1 else ""
+            target = folder / f"{stem}{suffix}.json"
+            try:
+                # A link, unlike a rename, refuses a name that is taken.
+                os.link(scratch, target)
+            except FileExistsError:
+                number += 1
+            else:
+                return target
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Read all records of the folder, oldest name first."""
+    return [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("*.json"))
+    ]
+
+
+def newest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Keep the latest record of each case on each hardware, in the order of cases."""
+    latest: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in sorted(records, key=date):
+        latest[record["case"]["name"], hardware(record)] = record
+    return [latest[key] for key in sorted(latest)]
+
+
+def date(record: dict[str, Any]) -> str:
+    """Give the ISO date of a record; empty where it has none."""
+    conditions = record.get("conditions", {})
+    return str(conditions.get("date") or conditions.get("machine", {}).get("date", ""))
+
+
+def hardware(record: dict[str, Any]) -> str:
+    """Name the hardware in a way that fits into a file name."""
+    conditions = record["conditions"]
+    name = str(conditions["device_name"])
+    if conditions["device"] == "cpu":
+        name += f" {conditions['threads']} threads"
+    name = re.sub(r"\((?:R|TM)\)", "", name)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _month(record: dict[str, Any]) -> str:
+    return date(record)[:7].replace("-", "")

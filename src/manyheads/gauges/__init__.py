@@ -1,0 +1,1 @@
+"""Instruments: interleaved timing, peak memory of a fresh process, the conditions."""

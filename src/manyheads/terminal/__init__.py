@@ -1,0 +1,1 @@
+"""How the terminal reads words, opens what they name, and talks back."""
