@@ -10,6 +10,7 @@ from tools import census
 
 import manyheads as mh
 from manyheads.errors import SwapRefused, UnknownHost
+from tests.hosts import laws
 
 FAMILIES = census.families()
 PAGE = census.PAGE.read_text(encoding="utf-8")
@@ -77,6 +78,11 @@ def test_refusals_name_the_reason(name: str, reason: str, mechanism: str) -> Non
     model = timm.create_model(name, device="meta")
     with pytest.raises(UnknownHost, match=re.escape(reason)):
         mh.preview(model, census.RECIPES[mechanism])
+
+
+def test_identity_holds_where_layers_sit_inside_a_convolutional_network() -> None:
+    for name in ("csatv2", "mobilevit_xxs"):
+        laws.identity_law(laws.randomise(timm.create_model(name)))
 
 
 # One model per family that is supported at all: the whole preview, costs included.

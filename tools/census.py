@@ -1,6 +1,7 @@
 """Ask of every model that timm registers whether it can be converted, or why not.
 
-    python -m tools.census          writes docs/families.md
+    python -m tools.census              writes docs/families.md
+    python -m tools.census pvt_v2 eva   asks these families again
 
 Every model is built on the meta device, without weights, and asked with one recipe per
 mechanism. `tests/test_census.py` asks again, family by family, and compares.
@@ -104,14 +105,23 @@ def table_on(page: str) -> list[str]:
     return [line for line in table.splitlines() if line.startswith("|")]
 
 
-def main() -> None:
-    """Write the table into the page, between its two marks."""
+def main(chosen: list[str]) -> None:
+    """Write the table into the page, between its two marks.
+
+    Args:
+        chosen: Families to ask again; the others keep the lines they have. All of
+            them if none is named.
+    """
+    page = PAGE.read_text(encoding="utf-8")
     head = ["family", "models", "such as", *RECIPES, "why not, what is left alone"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for family, names in families().items():
+        if chosen and family not in chosen:
+            start = f"| {family} |"
+            lines += [row for row in table_on(page) if row.startswith(start)]
+            continue
         lines += rows_of(family, walk(names))
         sys.stderr.write(f"{family}\n")
-    page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(_START)
     after = rest.partition(_END)[2]
     table = "\n".join(lines)
@@ -119,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
