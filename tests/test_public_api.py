@@ -11,7 +11,8 @@ import manyheads as mh
 # fmt: off
 NAMES = [
     "Compact", "Hallucinated", "Hydra", "Interactive", "Recipe", "Softmax", "Swap",
-    "bench", "convert", "cost", "evaluate", "heal", "load", "preview", "save", "train",
+    "attention_maps", "bench", "convert", "cost", "evaluate", "export", "heal", "load",
+    "preview", "save", "train",
 ]
 # fmt: on
 

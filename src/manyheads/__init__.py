@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from manyheads.conversion import convert as convert
     from manyheads.conversion import preview as preview
     from manyheads.costs import cost as cost
+    from manyheads.exporting import export as export
     from manyheads.ffn import Compact as Compact
     from manyheads.healing import heal as heal
+    from manyheads.maps import attention_maps as attention_maps
     from manyheads.recipe import Recipe as Recipe
     from manyheads.recipe import Swap as Swap
     from manyheads.timing import bench as bench
@@ -37,10 +39,12 @@ _HOME = {
     "Recipe": "recipe",
     "Softmax": "attention",
     "Swap": "recipe",
+    "attention_maps": "maps",
     "bench": "timing",
     "convert": "conversion",
     "cost": "costs",
     "evaluate": "training",
+    "export": "exporting",
     "heal": "healing",
     "load": "checkpoint",
     "preview": "conversion",

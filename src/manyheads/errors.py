@@ -20,6 +20,7 @@ __all__ = [
     "InvalidOption",
     "InvalidRecipe",
     "ManyheadsError",
+    "MapsTooLarge",
     "MaskRefused",
     "MissingExtra",
     "NonFiniteLoss",
@@ -108,6 +109,10 @@ class MaskRefused(ManyheadsError, ValueError):
     """A mask reached a mechanism that cannot honour it exactly."""
 
 
+class MapsTooLarge(ManyheadsError, ValueError):
+    """More attention maps were asked for than should be held in memory."""
+
+
 class UnknownHost(ManyheadsError, TypeError):
     """No host knows the blocks of this model."""
 
@@ -126,6 +131,10 @@ class NotExportable(ManyheadsError, ValueError):
 
 class NonFiniteLoss(ManyheadsError, ArithmeticError):
     """A loss became infinite or NaN; names the step and the block."""
+
+
+class NotExportable(ManyheadsError, ValueError):
+    """A model cannot be exported, or what was written differs from it."""
 
 
 class CheckpointError(ManyheadsError, ValueError):

@@ -13,6 +13,7 @@ oracle of the tests and the source of every picture.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -135,6 +136,55 @@ class Mechanism(nn.Module, ABC):
             why="scripting is deprecated and knows neither protocols nor shape types",
             fix="Use torch.export.export(model, ...) or torch.compile(model).",
         )
+
+    @property
+    def num_maps(self) -> int:
+        """Maps ``M``: one per head, unless the mechanism has others."""
+        return self.geometry.num_heads
+
+    def rows(
+        self,
+        q: Float[Tensor, "B N Hq K"],
+        k: Float[Tensor, "B S Hq K"],
+        *,
+        queries: Sequence[int],
+        heads: Sequence[int],
+        mask: Bool[Tensor, "B S"] | Tensor | None = None,
+        grid: Grid | None = None,
+    ) -> Float[Tensor, "B Mr Nr S"]:
+        """Build some rows of some of the `maps`.
+
+        Cost: that of all maps, unless the mechanism can do with less.
+        """
+        whole = self.maps(q, k, mask, grid)
+        return whole[:, list(heads)][:, :, list(queries)]
+
+    def influence(
+        self,
+        q: Float[Tensor, "B N Hq K"],
+        k: Float[Tensor, "B S Hq K"],
+        v: Float[Tensor, "B S H K"],
+        *,
+        queries: Sequence[int],
+        mask: Bool[Tensor, "B S"] | Tensor | None = None,
+        grid: Grid | None = None,
+    ) -> Float[Tensor, "B Nr S"]:
+        """Weigh how much each token gives to some queries, all maps together.
+
+        The mean over maps, where one map is as good as another.
+        """
+        every = range(self.num_maps)
+        rows = self.rows(q, k, queries=queries, heads=every, mask=mask, grid=grid)
+        return rows.mean(dim=1)
+
+    def contributions(
+        self,
+        k: Float[Tensor, "B S Hq K"],
+        v: Float[Tensor, "B S H K"],
+        mask: Bool[Tensor, "B S"] | Tensor | None = None,
+    ) -> Float[Tensor, "B S"] | None:
+        """Give each token's share of the summary; None where there is no summary."""
+        return None
 
     def extra_repr(self) -> str:
         """Show the options beside the class name when a model is printed."""

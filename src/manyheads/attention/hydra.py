@@ -7,6 +7,7 @@ Heads", 2022, arXiv 2209.07484.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -158,6 +159,72 @@ class HydraAttention(Mechanism):
             key_mask=key_mask_of(mask, k.shape[0], k.shape[1], "Hydra"),
             reference_tokens=self.spec.reference_tokens,
         )
+
+    @property
+    def num_maps(self) -> int:
+        """One map per feature."""
+        return self.geometry.attention_dim
+
+    def rows(
+        self,
+        q: Float[Tensor, "B N H K"],
+        k: Float[Tensor, "B N H K"],
+        *,
+        queries: Sequence[int],
+        heads: Sequence[int],
+        mask: Bool[Tensor, "B N"] | Tensor | None = None,
+        grid: Grid | None = None,
+    ) -> Float[Tensor, "B Mr Nr N"]:
+        """Build some rows of some features' maps; `heads` are features here."""
+        kept = key_mask_of(mask, q.shape[0], q.shape[1], "Hydra")
+        phi_q, phi_k = _features(q.flatten(2), k.flatten(2), self.spec.kernel, kept)
+        features = list(heads)
+        chosen = phi_q[:, list(queries)][..., features]
+        rows = torch.einsum("bnd,bmd->bdnm", chosen, phi_k[..., features])
+        return _corrected(rows, self.spec.reference_tokens, q.shape[1], kept)
+
+    def influence(
+        self,
+        q: Float[Tensor, "B N H K"],
+        k: Float[Tensor, "B N H K"],
+        v: Float[Tensor, "B N H K"],
+        *,
+        queries: Sequence[int],
+        mask: Bool[Tensor, "B N"] | Tensor | None = None,
+        grid: Grid | None = None,
+    ) -> Float[Tensor, "B Nr N"]:
+        """Measure what each token adds to some queries' outputs, as a length.
+
+            given[n, m]     = phi_q(q_n) * phi_k(k_m) * v_m       one D-vector
+            influence[n, m] = | given[n, m] |
+
+        The maps alone do not tell: a feature whose value is zero mixes nothing.
+        """
+        kept = key_mask_of(mask, q.shape[0], q.shape[1], "Hydra")
+        phi_q, phi_k = _features(q.flatten(2), k.flatten(2), self.spec.kernel, kept)
+        gate, given = phi_q[:, list(queries)], phi_k * _wide(v.flatten(2))
+        length = torch.einsum("bnd,bmd->bnm", gate.square(), given.square()).sqrt()
+        return _corrected(length, self.spec.reference_tokens, q.shape[1], kept)
+
+    def contributions(
+        self,
+        k: Float[Tensor, "B N H K"],
+        v: Float[Tensor, "B N H K"],
+        mask: Bool[Tensor, "B N"] | Tensor | None = None,
+    ) -> Float[Tensor, "B N"]:
+        """Give each token's share of the summary vector; the shares sum to one.
+
+            given_m = phi_k(k_m) * v_m        summary = sum_m given_m
+            share_m = <given_m, summary> / |summary|^2
+
+        A negative share pulls the summary back.
+        """
+        kept = key_mask_of(mask, k.shape[0], k.shape[1], "Hydra")
+        _, phi_k = _features(k.flatten(2), k.flatten(2), self.spec.kernel, kept)
+        given = phi_k * _wide(v.flatten(2))
+        summary = given.sum(dim=1, keepdim=True)
+        square = summary.square().sum(dim=-1).clamp_min(torch.finfo(summary.dtype).tiny)
+        return (given * summary).sum(dim=-1) / square
 
 
 def hydra_attention(

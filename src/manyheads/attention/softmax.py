@@ -5,6 +5,7 @@ Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762, section 3.2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -82,6 +83,25 @@ class SoftmaxAttention(Mechanism):
     ) -> Float[Tensor, "B H N S"]:
         """Build the maps; a query whose keys are all masked attends to nothing."""
         return softmax_maps(q, k, self.geometry.scale, mask)
+
+    def rows(
+        self,
+        q: Float[Tensor, "B N H K"],
+        k: Float[Tensor, "B S H K"],
+        *,
+        queries: Sequence[int],
+        heads: Sequence[int],
+        mask: Bool[Tensor, "B S"] | Tensor | None = None,
+        grid: Grid | None = None,
+    ) -> Float[Tensor, "B Mr Nr S"]:
+        """Build some rows of some maps: each row needs its own query only."""
+        pairs = _pair_mask(mask)
+        if pairs is not None and pairs.ndim == 4 and pairs.shape[1] > 1:
+            pairs = pairs[:, list(heads)]
+        if pairs is not None and pairs.ndim > 1 and pairs.shape[-2] > 1:
+            pairs = pairs[..., list(queries), :]
+        chosen = q[:, list(queries)][:, :, list(heads)]
+        return softmax_maps(chosen, k[:, :, list(heads)], self.geometry.scale, pairs)
 
     def reference(
         self,

@@ -184,6 +184,19 @@ class Host(ABC):
             CheckpointError: It names a model or an argument this host does not allow.
         """
 
+    def free_size(self, model: nn.Module) -> Grid | None:
+        """Make the model accept any size of whole cells, in place, where it can.
+
+        Returns:
+            Height and width in pixels of which sizes must be multiples; None where the
+            library's forward pass is tied to one size, and then nothing has changed.
+        """
+        return None
+
+    def labels(self, model: nn.Module) -> tuple[str, ...]:
+        """Name the classes in the order of the output; empty for an embedding."""
+        return ()
+
     def extra_files(self, model: nn.Module) -> dict[str, str]:
         """Give further files of a checkpoint, name to text; none, as a rule."""
         return {}

@@ -172,6 +172,13 @@ class HuggingFaceViT(Host):
         embeddings.register_forward_pre_hook(_interpolate, with_kwargs=True)
         return actual
 
+    def labels(self, model: Any) -> tuple[str, ...]:
+        """Read the class names of the configuration, where there is a classifier."""
+        if "ForImageClassification" not in type(model).__name__:
+            return ()
+        names = model.config.id2label
+        return tuple(str(names[index]) for index in sorted(names))
+
     def describe(self, model: Any) -> dict[str, Any]:
         """Give the class's name, its configuration and the image processor's."""
         import transformers

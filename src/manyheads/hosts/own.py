@@ -83,6 +83,14 @@ class OwnBackbone(Host):
         fit_to_patches(image_size, (32, 32))
         return image_size
 
+    def free_size(self, model: nn.Module) -> tuple[int, int] | None:
+        """Say that whole cells of the last stage run; nothing needs to change."""
+        return (32, 32)
+
+    def labels(self, model: nn.Module) -> tuple[str, ...]:
+        """Give the recorded names, ImageNet's where the count tells, else numbers."""
+        return self._timm.labels(model)
+
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """Give the registered name and the arguments that timm recorded."""
         return self._timm.describe(model)

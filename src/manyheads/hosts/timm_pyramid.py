@@ -33,6 +33,14 @@ class TimmPyramid(Host):
         fit_to_patches(image_size, (_COARSEST, _COARSEST))
         return image_size
 
+    def free_size(self, model: nn.Module) -> tuple[int, int] | None:
+        """Say that whole cells of the last stage run; nothing needs to change."""
+        return (_COARSEST, _COARSEST)
+
+    def labels(self, model: nn.Module) -> tuple[str, ...]:
+        """Give the recorded names, ImageNet's where the count tells, else numbers."""
+        return _PLAIN.labels(model)
+
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """Give the registered name and the arguments that timm recorded."""
         return _PLAIN.describe(model)

@@ -220,6 +220,14 @@ class TimmRope(Host):
             trunk.set_input_size(img_size=actual)
         return actual
 
+    def free_size(self, model: nn.Module) -> tuple[int, int] | None:
+        """Set what `dynamic_img_size=True` sets when the model is built."""
+        return _TIMM.free_size(model)
+
+    def labels(self, model: nn.Module) -> tuple[str, ...]:
+        """Give the recorded names, ImageNet's where the count tells, else numbers."""
+        return _TIMM.labels(model)
+
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """Give the registered name and the arguments that timm recorded."""
         return _TIMM.describe(model)

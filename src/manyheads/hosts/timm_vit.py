@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from manyheads.attention import AttentionSpec, Mechanism, Softmax
 from manyheads.errors import CheckpointError, ImageSizeError, MaskRefused
 from manyheads.ffn import CompactLinear, Pointwise
-from manyheads.geometry import Geometry, fit_to_patches
+from manyheads.geometry import Geometry, Grid, fit_to_patches
 from manyheads.hosts.base import Host, ImageInput, Site, TokenGrid, mechanism_of
 from manyheads.hosts.heads import (
     build_core,
@@ -216,6 +216,33 @@ class TimmViT(Host):
             )
         model.set_input_size(img_size=actual)
         return actual
+
+    def free_size(self, model: Any) -> Grid | None:
+        """Set what `dynamic_img_size=True` sets when a plain ViT is built."""
+        from timm.layers import Format, PatchEmbed
+
+        embed: Any = getattr(model, "patch_embed", None)
+        if type(embed) is not PatchEmbed or not hasattr(model, "dynamic_img_size"):
+            return None
+        model.dynamic_img_size = True
+        embed.strict_img_size = embed.flatten = False
+        embed.output_fmt = Format.NHWC
+        rows, columns = embed.patch_size
+        return rows, columns
+
+    def labels(self, model: Any) -> tuple[str, ...]:
+        """Give the recorded names, ImageNet's where the count tells, else numbers."""
+        from timm.data import ImageNetInfo, infer_imagenet_subset
+
+        count = int(getattr(model, "num_classes", 0))
+        config = getattr(model, "pretrained_cfg", None) or {}
+        names = config.get("label_names")
+        subset = infer_imagenet_subset(model)
+        if not names and subset:
+            names = ImageNetInfo(subset).label_descriptions()
+        if names and len(names) == count:
+            return tuple(names)
+        return tuple(map(str, range(count)))
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """Give the registered name and the arguments that timm recorded."""

@@ -121,6 +121,11 @@ class TorchvisionViT(Host):
             _resample(model, actual[0])
         return actual
 
+    def labels(self, model: Any) -> tuple[str, ...]:
+        """Number the classes: the model does not remember its weights' names."""
+        head = getattr(model.heads, "head", None)
+        return tuple(map(str, range(head.out_features if head is not None else 0)))
+
     def describe(self, model: Any) -> dict[str, Any]:
         """Give the constructor's arguments, read off the model."""
         reason = None

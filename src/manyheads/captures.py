@@ -1,0 +1,123 @@
+"""What a model's mechanisms are called with, block by block, for given pictures."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manyheads.attention import Mechanism, Softmax
+from manyheads.data.photographs import prepare_files
+from manyheads.errors import DataError, ManyheadsError
+from manyheads.geometry import Grid
+from manyheads.hosts import Host, ImageInput, Site, mechanism_of
+from manyheads.surgery import Operation, apply_swaps
+
+__all__ = ["Call", "Pictures", "padded", "picture_tensor", "require_all", "watch"]
+
+Pictures = Tensor | str | Path | Sequence[str | Path]
+"""Preprocessed images [B, C, H, W], or picture files."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """What a mechanism was called with."""
+
+    core: Mechanism
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    grid: Grid | None
+
+
+def watch(
+    model: nn.Module,
+    host: Host,
+    sites: Sequence[Site],
+    images: Tensor,
+    look: Callable[[Site, Call, tuple[int, int]], None],
+) -> tuple[int, int]:
+    """Run a copy and show what each block's mechanism is called with.
+
+    Blocks that still hold their library's own attention get ours in the copy: the
+    identity swap, which leaves every output as it is.
+    """
+    copied = copy.deepcopy(model).eval()
+    fed = host.resize(copied, (images.shape[-2], images.shape[-1]))
+    plain = [
+        Operation(site=site, attention=Softmax(), ffn=None)
+        for site in sites
+        if mechanism_of(copied.get_submodule(site.attention_path)) is None
+    ]
+    apply_swaps(copied, host, plain)
+    parameter = next(copied.parameters())
+    with ExitStack() as hooks, torch.no_grad():
+        for site in sites:
+            core = mechanism_of(copied.get_submodule(site.attention_path))
+            if core is not None:
+                note = _noting(site, fed, look)
+                handle = core.register_forward_pre_hook(note, with_kwargs=True)
+                hooks.callback(handle.remove)
+        host.feed(copied, padded(images, fed).to(parameter))
+    return fed
+
+
+def _noting(
+    site: Site,
+    fed: tuple[int, int],
+    look: Callable[[Site, Call, tuple[int, int]], None],
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def note(core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = inspect.signature(core.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        look(site, Call(core=core, **bound.arguments), fed)
+
+    return note
+
+
+def picture_tensor(
+    images: Pictures, wanted: ImageInput, image_size: tuple[int, int] | None
+) -> Tensor:
+    """Take preprocessed images as they are, and prepare files.
+
+    Raises:
+        DataError: A file cannot be read, or the tensor has the wrong form.
+    """
+    if isinstance(images, str | Path):
+        images = [images]
+    if not isinstance(images, Tensor):
+        return prepare_files(images, wanted, image_size)
+    if images.ndim == 4 and images.shape[1] == wanted.channels and len(images):
+        return images
+    raise DataError(
+        asked="attention maps of these images",
+        found=f"their shape is {list(images.shape)}",
+        fix=f"Pass preprocessed images [B, {wanted.channels}, H, W], or picture files.",
+    )
+
+
+def padded(images: Tensor, fed: tuple[int, int]) -> Tensor:
+    """Add zeros at the bottom and on the right, up to whole patches."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, fed[1] - width, 0, fed[0] - height))
+
+
+def require_all(sites: Sequence[Site], found: dict[int, Any]) -> None:
+    """A block that was never run has no map; an empty answer would hide that."""
+    missing = [site for site in sites if site.index not in found]
+    if missing:
+        raise ManyheadsError(
+            asked=f"maps of block {missing[0].index}",
+            found="the model did not run it for these images",
+            where=missing[0].attention_path,
+            fix=f"Leave it out: blocks={sorted(found)}. ",
+        )

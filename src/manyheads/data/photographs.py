@@ -1,0 +1,192 @@
+"""Photographs as models want them: decoded in bounded memory, cropped, normalised.
+
+The result is what the model's library computes in evaluation: shorter side to
+``size / crop``, centre crop, mean and standard deviation. It is computed crop first,
+so that a picture of one by ten thousand pixels is never blown up.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from manyheads.data.pictures import as_mode
+from manyheads.errors import DataError, MissingExtra
+from manyheads.hosts import ImageInput
+
+__all__ = [
+    "open_photograph",
+    "prepare",
+    "prepare_files",
+    "restore",
+    "sample_photographs",
+]
+
+MAX_PIXELS = 100_000_000
+"""Largest picture that is decoded whole; JPEG files beyond it are read reduced."""
+_REDUCED_ABOVE = 16_000_000
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+}
+
+
+def open_photograph(
+    path: str | Path, *, channels: int = 3, at_least: int = 1024
+) -> Image.Image:
+    """Decode one file as eight-bit grey or RGB, turned as the camera noted.
+
+    Memory is bounded whatever the file claims: a JPEG of more than 16 million pixels
+    is decoded at a half, a quarter or an eighth of its size, any other picture of more
+    than 100 million pixels is refused before it is decoded.
+
+    Args:
+        path: The picture file.
+        channels: 1 for grey, 3 for RGB.
+        at_least: Pixels of the shorter side that a reduced reading keeps.
+
+    Raises:
+        DataError: The file cannot be read, is no picture, is cut short or too large.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of large pictures; the limit here is an error instead.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                _bound(image, path, at_least)
+                image.load()
+                return as_mode(ImageOps.exif_transpose(image), channels)
+    except (MemoryError, DataError):
+        raise
+    # Decoders raise nearly anything on broken bytes: SyntaxError, struct.error, ...
+    except Exception as error:
+        raise DataError(
+            asked=f"reading the photograph {path}",
+            found=f"{type(error).__name__}: {error}",
+            fix="Give a picture file such as .jpg or .png that opens elsewhere.",
+        ) from error
+
+
+def prepare(
+    image: Image.Image, wanted: ImageInput, size: tuple[int, int] | None = None
+) -> Float[Tensor, "C H W"]:
+    """Make the tensor that the model's library makes of this picture in evaluation.
+
+    Args:
+        image: A decoded picture; any mode.
+        wanted: The model's preprocessing.
+        size: Height and width in pixels; None for the native size.
+    """
+    height, width = size or wanted.size
+    box = _crop_box(image.size, (height, width), wanted.crop)
+    resample = _FILTERS.get(wanted.interpolation, Image.Resampling.BICUBIC)
+    ready = as_mode(image, wanted.channels).resize((width, height), resample, box=box)
+    pixels = np.asarray(ready, dtype=np.float32) / 255.0
+    values = torch.from_numpy(pixels.reshape(height, width, -1)).permute(2, 0, 1)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (wanted.mean, wanted.std))
+    return ((values - mean) / std).contiguous()
+
+
+def prepare_files(
+    paths: Sequence[str | Path],
+    wanted: ImageInput,
+    size: tuple[int, int] | None = None,
+) -> Float[Tensor, "B C H W"]:
+    """Read and prepare picture files, one batch.
+
+    Raises:
+        DataError: There is no file, or one cannot be read.
+    """
+    if not paths:
+        raise DataError(
+            asked="preparing photographs",
+            found="no file was named",
+            fix="Give one or more picture files.",
+        )
+    shorter = math.ceil(max(size or wanted.size) / wanted.crop)
+    opened = (
+        open_photograph(path, channels=wanted.channels, at_least=shorter)
+        for path in paths
+    )
+    return torch.stack([prepare(image, wanted, size) for image in opened])
+
+
+def restore(
+    images: Float[Tensor, "B C H W"], wanted: ImageInput
+) -> Float[Tensor, "B C H W"]:
+    """Undo the normalisation: values in [0, 1] as a picture shows them."""
+    mean, std = (torch.tensor(x)[:, None, None] for x in (wanted.mean, wanted.std))
+    return (images.float().cpu() * std + mean).clamp(0, 1)
+
+
+def sample_photographs() -> tuple[Path, ...]:
+    """Give two real photographs that come with scikit-learn, a temple and a flower.
+
+    Raises:
+        MissingExtra: scikit-learn is not installed.
+    """
+    found = importlib.util.find_spec("sklearn")
+    if found is None or found.origin is None:
+        raise MissingExtra(
+            asked="photographs to check with",
+            found="scikit-learn, which brings two, is not installed",
+            fix='pip install "manyheads[export]", or pass images=...',
+        )
+    folder = Path(found.origin).parent / "datasets" / "images"
+    return folder / "china.jpg", folder / "flower.jpg"
+
+
+def _bound(image: Image.Image, path: str | Path, at_least: int) -> None:
+    """Have large JPEG files decoded reduced; refuse what stays too large."""
+    if image.width * image.height > _REDUCED_ABOVE and image.format == "JPEG":
+        image.draft(None, (2 * at_least, 2 * at_least))
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(
+            asked=f"reading the photograph {path}",
+            found=f"it has {image.width}x{image.height} pixels, more than "
+            f"{MAX_PIXELS // 1_000_000} million",
+            why="decoding it whole would take memory without bound",
+            fix="Scale it down first, or store it as JPEG, which is read reduced.",
+        )
+
+
+def _crop_box(
+    source: tuple[int, int], target: tuple[int, int], crop: float
+) -> tuple[float, float, float, float]:
+    """Find the part of the picture that resizing and cropping would leave.
+
+    The picture would be scaled until it covers ``target / crop``, its sides rounded as
+    torchvision (square targets) and timm (others) round them, then cut to the target.
+    """
+    width, height = source
+    covered = [math.floor(side / crop) for side in target]
+    if covered[0] == covered[1]:
+        shorter = min(width, height)
+        scaled_width, scaled_height = (
+            covered[0] * side // shorter for side in (width, height)
+        )
+    else:
+        ratio = min(height / covered[0], width / covered[1])
+        scaled_width, scaled_height = round(width / ratio), round(height / ratio)
+    top = round((scaled_height - target[0]) / 2)
+    left = round((scaled_width - target[1]) / 2)
+    across, down = width / scaled_width, height / scaled_height
+    return (
+        left * across,
+        top * down,
+        min((left + target[1]) * across, width),
+        min((top + target[0]) * down, height),
+    )

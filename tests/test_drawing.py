@@ -1,0 +1,97 @@
+"""draw: pictures that can be read, or a reason why there is none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch import nn
+
+import manyheads as mh
+from manyheads.data.photographs import sample_photographs
+from manyheads.drawing import draw
+from manyheads.errors import DataError, InvalidOption
+from manyheads.maps import Maps
+from tests.helpers import tiny_vit
+
+pytest.importorskip("matplotlib", reason="needs the extra: manyheads[draw]")
+
+
+def _maps(model: nn.Module | None = None, **options: object) -> Maps:
+    hydra = mh.convert(
+        tiny_vit(depth=2), mh.Recipe(mh.Swap(blocks=[1], attention=mh.Hydra()))
+    )
+    options = {"heads": range(2), "queries": [0]} | options
+    return mh.attention_maps(model or hydra, list(sample_photographs()), **options)
+
+
+def test_a_grid_over_blocks_and_heads_is_a_png(tmp_path: Path) -> None:
+    path = draw(_maps(), tmp_path / "grid.png", title="tiny")
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        # Photograph, influence, summary, two features; two rows.
+        assert picture.width > picture.height
+        assert len(np.unique(np.asarray(picture).reshape(-1, 4), axis=0)) > 1000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_models_side_by_side_and_another_image_differ(tmp_path: Path) -> None:
+    teacher, student = _maps(tiny_vit(depth=2)), _maps()
+    pair = {"teacher": teacher, "student": student}
+    first = draw(pair, tmp_path / "a.png", image=0).read_bytes()
+    second = draw(pair, tmp_path / "b.png", image=1).read_bytes()
+    assert first != second
+    same = draw({"a": teacher, "b": teacher}, tmp_path / "c.png")
+    panels = np.asarray(Image.open(same).convert("L")).astype(int)
+    assert panels.std() > 10
+
+
+def test_a_model_without_a_class_token_is_seen_by_the_mean(tmp_path: Path) -> None:
+    model = tiny_vit(depth=1, class_token=False, global_pool="avg")
+    assert draw(_maps(model, queries=None), tmp_path / "mean.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "drawn", "facts"),
+    [
+        ({"heads": range(13), "blocks": [1]}, {}, r"13 maps.*heads=range\(6\)"),
+        ({}, {"image": 2}, "no image 2"),
+        ({}, {"query": 3}, r"query=3.*queries=\[3\]"),
+        ({"blocks": []}, {}, "nothing to draw"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(
+    options: dict[str, object], drawn: dict[str, int], facts: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidOption, match=facts):
+        draw(_maps(**options), tmp_path / "none.png", **drawn)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_show_different_blocks_are_not_compared(tmp_path: Path) -> None:
+    pair = {"a": _maps(blocks=[0]), "b": _maps(blocks=[1])}
+    with pytest.raises(InvalidOption, match=r"different blocks: \[\[0\], \[1\]\]"):
+        draw(pair, tmp_path / "none.png")
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"absent/maps\.png.*cannot be written"):
+        draw(_maps(), tmp_path / "absent" / "maps.png")
+
+
+def test_without_matplotlib_the_missing_extra_is_named() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['matplotlib'] = sys.modules['matplotlib.figure'] = None\n"
+        "from manyheads.drawing import draw\n"
+        "try:\n    draw({}, 'x.png')\n"
+        "except ImportError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert 'pip install "manyheads[draw]"' in done.stdout

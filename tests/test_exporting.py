@@ -1,0 +1,356 @@
+"""export: what is written does what the model does, or is not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import manyheads as mh
+from manyheads.artifacts import Card, open_artifact
+from manyheads.attention import MECHANISMS, AttentionSpec
+from manyheads.data.photographs import prepare_files, sample_photographs
+from manyheads.errors import (
+    DataError,
+    ImageSizeError,
+    InvalidOption,
+    NotExportable,
+)
+from manyheads.exporting import Exported
+from manyheads.hosts import find_host
+from tests.helpers import assert_close, tiny_vit
+
+onnx = pytest.importorskip("onnx", reason="needs the extra: manyheads[export]")
+pytest.importorskip("onnxruntime", reason="needs the extra: manyheads[export]")
+
+# The tracer passes symbolic sizes where the type checks know only int.
+pytestmark = pytest.mark.usefixtures("untyped")
+
+TARGETS = [
+    pytest.param("pt2", id="pt2"),
+    pytest.param("onnx", id="onnx"),
+    pytest.param("aoti", id="aoti", marks=pytest.mark.slow),
+]
+# The default landmarks want more patches than a tiny image has.
+SMALL: dict[type[AttentionSpec], AttentionSpec] = {
+    mh.Interactive: mh.Interactive(landmarks=(2, 2))
+}
+each_target = pytest.mark.parametrize("target", TARGETS)
+
+
+def _model(spec: AttentionSpec | None = None, **changes: object) -> nn.Module:
+    swap = mh.Swap(blocks=[1], attention=spec or mh.Hydra(), ffn=mh.Compact())
+    return mh.convert(
+        tiny_vit(**{"depth": 2, "embed_dim": 32} | changes), mh.Recipe(swap)
+    )
+
+
+def _path(folder: Path, target: str) -> Path:
+    return folder / f"{target}.{'onnx' if target == 'onnx' else 'pt2'}"
+
+
+@each_target
+@pytest.mark.parametrize("kind", MECHANISMS, ids=lambda kind: kind.__name__)
+def test_every_mechanism_reaches_every_target_at_any_size(
+    kind: type[AttentionSpec], target: str, tmp_path: Path
+) -> None:
+    spec = SMALL.get(kind, kind())
+    model = _model(spec)
+    path = _path(tmp_path, target)
+    exported = mh.export(model, path, target=target)
+    assert exported.target == target
+    assert exported.cell == (8, 8)
+    sizes = [check.image_size for check in exported.checks]
+    assert sizes == [(32, 32), (48, 48), (32, 48)]
+    assert all(check.difference <= 1e-4 for check in exported.checks)
+    # Sizes that the verification did not look at, and another batch.
+    artifact = open_artifact(path)
+    reference = _model(spec, dynamic_img_size=True)
+    reference.load_state_dict(model.state_dict())
+    images = torch.randn(3, 3, 72, 24)
+    assert_close(artifact(images), reference(images).detach(), slack=5)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"), [("pt2", "float16"), ("pt2", "bfloat16"), ("onnx", "float16")]
+)
+def test_half_types_stay_within_their_tolerance(
+    target: str, dtype: str, tmp_path: Path
+) -> None:
+    exported = mh.export(_model(), _path(tmp_path, target), dtype=dtype)
+    assert exported.dtype == dtype
+    assert 1e-6 < max(c.difference for c in exported.checks) <= exported.tolerance
+    outputs = open_artifact(exported.path)(torch.randn(1, 3, 32, 32))
+    assert outputs.dtype == getattr(torch, dtype)
+
+
+def test_the_file_says_what_it_is(tmp_path: Path) -> None:
+    model = _model()
+    exported = mh.export(model, tmp_path / "m.pt2", dynamic=False)
+    card = open_artifact(exported.path).card
+    assert card.recipe == mh.Recipe.from_dict(card.recipe).to_dict()
+    assert card.labels == tuple(map(str, range(10)))
+    assert card.image.mean == (0.5, 0.5, 0.5)
+    assert card.image.interpolation == "bicubic"
+    assert torch.__version__.startswith(card.versions["torch"])
+    assert Card.from_json(card.to_json(), where="here") == card
+    again = json.loads(json.dumps(exported.to_json()))
+    assert again["checks"][0]["image_size"] == [32, 32]
+    assert "native size only: dynamic=False" in str(exported)
+
+
+def test_the_onnx_file_carries_its_card_where_onnx_keeps_such_things(
+    tmp_path: Path,
+) -> None:
+    mh.export(_model(), tmp_path / "m.onnx")
+    written = onnx.load(tmp_path / "m.onnx")
+    properties = {p.key: p.value for p in written.metadata_props}
+    assert json.loads(properties["manyheads.json"])["format"] == "manyheads.exported"
+    shape = written.graph.input[0].type.tensor_type.shape.dim
+    assert [d.dim_param for d in shape] == ["batch", "", "8*rows", "8*columns"]
+
+
+def test_a_file_runs_where_this_package_is_not_installed(tmp_path: Path) -> None:
+    model, images = _model(), torch.randn(2, 3, 32, 48)
+    path = mh.export(model, tmp_path / "m.pt2").path
+    torch.save(images, tmp_path / "images.pt")
+    code = (
+        "import sys, torch\n"
+        "sys.modules['manyheads'] = None\n"
+        "program = torch.export.load('m.pt2').module()\n"
+        "torch.save(program(torch.load('images.pt')), 'outputs.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    outputs = torch.load(tmp_path / "outputs.pt")
+    assert_close(outputs, open_artifact(path)(images))
+
+
+class _Remembering(nn.Module):
+    """Counts its calls in Python, which no tracer can see."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+def test_a_file_that_answers_something_else_is_removed_and_named(
+    tmp_path: Path,
+) -> None:
+    model = tiny_vit(depth=1)
+    model.fc_norm = _Remembering()
+    with pytest.raises(NotExportable, match=r"differ.* at 48x48.*removed.*another"):
+        mh.export(model, tmp_path / "wrong.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_does_not_run_at_another_size_is_removed_and_named(
+    tmp_path: Path,
+) -> None:
+    model = timm.create_model(
+        "vit_small_patch16_dinov3", img_size=64, depth=1, embed_dim=96, num_heads=3
+    )
+    with pytest.raises(NotExportable, match=r"does not run.*dynamic=False"):
+        mh.export(model.eval(), tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tolerance_that_nothing_meets_refuses_and_keeps_what_was_there(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "m.pt2"
+    path.write_bytes(b"mine")
+    with pytest.raises(NotExportable, match=r"at 32x32.*1e-30 is allowed.*removed"):
+        mh.export(_model(), path, tolerance=1e-30)
+    assert path.read_bytes() == b"mine"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class _Branchy(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(dim, dim) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(branch(x) for branch in self.branches)  # type: ignore[return-value]
+
+    def fuse(self) -> nn.Module:
+        plain = nn.Linear(*self.branches[0].weight.shape)
+        with torch.no_grad():
+            plain.weight.copy_(sum(b.weight for b in self.branches))
+            plain.bias.copy_(sum(b.bias for b in self.branches))
+        return plain
+
+
+def test_branches_are_folded_and_the_model_keeps_its_own(tmp_path: Path) -> None:
+    model = tiny_vit(depth=1)
+    model.fc_norm = _Branchy(48)
+    exported = mh.export(model, tmp_path / "m.pt2")
+    assert exported.folded == 1
+    assert isinstance(model.fc_norm, _Branchy)
+    assert "1 branched layers folded" in str(exported)
+    program = torch.export.load(exported.path)
+    assert not any("branches" in name for name in program.state_dict)
+
+
+def test_the_model_is_not_touched(tmp_path: Path) -> None:
+    model = _model().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    mh.export(model, tmp_path / "m.pt2", dtype="float16")
+    assert model.training
+    assert not model.dynamic_img_size
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_int8_states_its_accuracy_on_labelled_images(tmp_path: Path) -> None:
+    model = _model()
+    images = prepare_files(sample_photographs() * 10, _image(model))
+    labels = model(images).argmax(dim=-1)
+    path = tmp_path / "m.onnx"
+    exported = mh.export(model, path, int8=True, images=(images, labels))
+    assert exported.labelled is not None
+    assert exported.labelled.images == 20
+    assert exported.labelled.accuracy_model == 1.0
+    assert 0 <= exported.labelled.accuracy_file <= 1.0
+    assert "accuracy on 20 labelled images: model 100.00 %" in str(exported)
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert kinds.count("MatMulInteger") >= 8
+
+
+def test_a_folder_with_classes_counts_as_labelled(tmp_path: Path) -> None:
+    for number, file in enumerate(sample_photographs()):
+        (tmp_path / "photos" / str(number)).mkdir(parents=True)
+        os.symlink(file, tmp_path / "photos" / str(number) / file.name)
+    exported = mh.export(
+        _model(), tmp_path / "m.pt2", images=tmp_path / "photos", dynamic=False
+    )
+    assert exported.labelled is not None
+    assert exported.labelled.accuracy_file == exported.labelled.accuracy_model
+    assert exported.conditions["photographs"] == ("china.jpg", "flower.jpg")
+
+
+def test_a_size_between_patches_is_padded_as_the_library_pads(tmp_path: Path) -> None:
+    padded = mh.export(_model(), tmp_path / "m.pt2")
+    reference = _model(dynamic_img_size=True, dynamic_img_pad=True)
+    artifact = open_artifact(padded.path)
+    reference.load_state_dict(_state(artifact, reference))
+    images = torch.randn(1, 3, 35, 46)
+    assert_close(artifact(images), reference(images).detach(), slack=5)
+
+
+def test_a_fixed_file_names_the_size_it_takes(tmp_path: Path) -> None:
+    path = mh.export(_model(), tmp_path / "m.pt2", dynamic=False).path
+    with pytest.raises(ImageSizeError, match=r"48x32.*exported for 32x32 only"):
+        open_artifact(path)(torch.randn(1, 3, 48, 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "facts"),
+    [
+        ("m.onnx", {"dtype": "bfloat16"}, "CPU kernels.*bfloat16"),
+        ("m.pt2", {"int8": True}, "int8 is offered for onnx, not for 'pt2'"),
+        ("m.onnx", {"int8": True, "dtype": "float16"}, "float32 weights"),
+    ],
+)
+def test_what_a_target_cannot_hold_is_refused_with_the_reason(
+    name: str, options: dict[str, object], facts: str, tmp_path: Path
+) -> None:
+    with pytest.raises(NotExportable, match=facts):
+        mh.export(_model(), tmp_path / name, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "facts"),
+    [
+        ("m.bin", {}, "ending '.bin'.*model.onnx"),
+        ("m.onnx", {"target": "aoti"}, "ending '.onnx'"),
+        ("m.pt2", {"target": "onxx"}, "'onxx'.*Did you mean 'onnx'"),
+        ("m.pt2", {"dtype": "int4"}, "'int4'.*float32"),
+        ("m.pt2", {"tolerance": 0.0}, "tolerance=0.0"),
+    ],
+)
+def test_options_that_no_export_could_use_are_refused(
+    name: str, options: dict[str, object], facts: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidOption, match=facts):
+        mh.export(_model(), tmp_path / name, **options)
+
+
+def test_a_model_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotExportable, match="meta device"):
+        mh.export(tiny_vit(device="meta"), tmp_path / "m.pt2")
+
+
+class _Undecided(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_a_model_that_cannot_be_traced_is_refused_with_the_tracer_s_words(
+    tmp_path: Path,
+) -> None:
+    model = tiny_vit(depth=1)
+    model.norm = nn.Sequential(model.norm, _Undecided())
+    with pytest.raises(NotExportable, match=r"the exporter fails: .*Guard"):
+        mh.export(model, tmp_path / "m.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_that_cannot_be_written_are_refused_before_any_work(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.pt2").mkdir()
+    with pytest.raises(NotExportable, match=r"a\.pt2, but a folder is there"):
+        mh.export(_model(), tmp_path / "a.pt2")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotExportable, match="cannot be written"):
+        mh.export(_model(), tmp_path / "file" / "m.pt2")
+    with pytest.raises(NotExportable, match="cannot be written"):
+        mh.export(_model(), "/proc/nowhere/m.pt2")
+
+
+def test_opening_what_export_did_not_write_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        open_artifact(tmp_path / "none.onnx")
+    for name in ("bytes.onnx", "bytes.pt2"):
+        (tmp_path / name).write_bytes(b"\x00" * 100)
+        with pytest.raises(DataError, match=r"cannot be opened|neither a \.pt2"):
+            open_artifact(tmp_path / name)
+    program = torch.export.export(nn.Linear(2, 2), (torch.randn(1, 2),))
+    torch.export.save(program, tmp_path / "foreign.pt2")
+    with pytest.raises(DataError, match="carries no description"):
+        open_artifact(tmp_path / "foreign.pt2")
+
+
+def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
+    exported = mh.export(_model(), tmp_path / "m.pt2", dynamic=False)
+    whole = exported.path.read_bytes()
+    exported.path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"m\.pt2"):
+        open_artifact(exported.path)
+
+
+def test_exported_is_the_result_type(tmp_path: Path) -> None:
+    exported = mh.export(_model(), tmp_path / "new" / "m.pt2", dynamic=False)
+    assert isinstance(exported, Exported)
+    assert exported.path.stat().st_mode & 0o444
+    assert exported.path.parent.name == "new"
+
+
+def _image(model: nn.Module) -> object:
+    return find_host(model)[0].image_input(model)
+
+
+def _state(artifact: object, like: nn.Module) -> dict[str, Tensor]:
+    state = artifact._program.state_dict()  # type: ignore[attr-defined]
+    return {key: state[f"model.{key}"] for key in like.state_dict()}

@@ -1,0 +1,198 @@
+"""attention_maps: what is shown is what the model applies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import manyheads as mh
+from manyheads.attention import MECHANISMS, AttentionSpec
+from manyheads.attention.base import apply_maps
+from manyheads.data.photographs import sample_photographs
+from manyheads.errors import DataError, InvalidOption, ManyheadsError, MapsTooLarge
+from manyheads.hosts import mechanism_of
+from manyheads.maps import attention_rollout
+from tests.helpers import assert_close, tiny_vit
+
+# The default landmarks want more patches than a tiny image has.
+SMALL: dict[type[AttentionSpec], AttentionSpec] = {
+    mh.Interactive: mh.Interactive(landmarks=(2, 2))
+}
+VARIANTS: tuple[AttentionSpec, ...] = (
+    *(SMALL.get(kind, kind()) for kind in MECHANISMS),
+    mh.Hydra(kernel="mean"),
+    mh.Hydra(kernel="aft"),
+    mh.Hydra(reference_tokens=9),
+)
+each_spec = pytest.mark.parametrize("spec", VARIANTS, ids=repr)
+
+
+def _model(spec: AttentionSpec, **changes: object) -> nn.Module:
+    return mh.convert(
+        tiny_vit(depth=2, **changes), mh.Recipe(mh.Swap(blocks=[1], attention=spec))
+    )
+
+
+def _mixed(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Record what every mechanism in the model gives."""
+    outputs: list[Tensor] = []
+    for module in model.modules():
+        core = mechanism_of(module)
+        if core is not None:
+            core.register_forward_hook(lambda *args: outputs.append(args[2]))
+    with torch.no_grad():
+        model(images)
+    return outputs
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 64)], ids=str)
+@each_spec
+def test_maps_applied_to_values_reproduce_the_block_s_output(
+    spec: AttentionSpec, size: tuple[int, int]
+) -> None:
+    model = _model(spec, dynamic_img_size=True).double()
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    found = mh.attention_maps(model, images)
+    everywhere = mh.convert(
+        model, mh.Recipe(mh.Swap(blocks=[0], attention=mh.Softmax()))
+    )
+    expected = _mixed(everywhere, images)
+    assert [block.block for block in found.blocks] == [0, 1]
+    for block, output in zip(found.blocks, expected, strict=True):
+        assert_close(apply_maps(block.maps, block.values), output)
+
+
+@each_spec
+def test_part_of_the_maps_is_part_of_all_maps(spec: AttentionSpec) -> None:
+    model, images = _model(spec), torch.randn(2, 3, 32, 32)
+    whole = mh.attention_maps(model, images, blocks=[-1]).blocks[0]
+    part = mh.attention_maps(
+        model, images, blocks=[-1], heads=[3, 1], queries=[0, -1]
+    ).blocks[0]
+    assert (part.block, part.heads, part.queries) == (1, (3, 1), (0, 16))
+    assert_close(part.maps, whole.maps[:, [3, 1]][:, :, [0, 16]])
+    assert_close(part.influence, whole.influence[:, [0, 16]])
+    none = mh.attention_maps(model, images, blocks=[-1], heads=(), queries=[0])
+    assert none.blocks[0].maps.shape == (2, 0, 1, 17)
+    assert_close(none.blocks[0].influence, whole.influence[:, :1])
+
+
+@pytest.mark.parametrize("kernel", ["cosine", "mean", "aft"])
+def test_hydra_s_influence_is_the_length_of_what_its_maps_add(kernel: str) -> None:
+    model = _model(mh.Hydra(kernel=kernel)).double()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    block = mh.attention_maps(model, images, blocks=[1]).blocks[0]
+    assert block.per == "feature"
+    assert block.maps.shape == (2, 48, 17, 17)
+    values = block.values.flatten(2).transpose(1, 2)  # [B, D, N]
+    added = block.maps * values[:, :, None]
+    assert_close(block.influence, added.norm(dim=1))
+
+
+def test_hydra_s_contributions_are_shares_of_the_summary() -> None:
+    model = _model(mh.Hydra()).double()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    block = mh.attention_maps(model, images, blocks=[1]).blocks[0]
+    assert block.contributions is not None
+    assert_close(block.contributions.sum(dim=1), torch.ones(2, dtype=torch.float64))
+    # Leaving a token out takes exactly its share along the summary.
+    unit_keys = block.maps[:, :, 0] / block.maps[:, :, 0].norm(dim=1, keepdim=True)
+    assert unit_keys.isfinite().all()
+    softmax = mh.attention_maps(model, images, blocks=[0]).blocks[0]
+    assert softmax.contributions is None
+    assert_close(softmax.maps.sum(dim=-1), torch.ones_like(softmax.maps[..., 0]))
+
+
+def test_the_picture_lies_as_the_image_lies() -> None:
+    model = tiny_vit(depth=1, class_token=False, global_pool="avg", reg_tokens=2)
+    images = torch.zeros(1, 3, 32, 64)
+    block = mh.attention_maps(model, images).blocks[0]
+    assert block.grid == (4, 8)
+    assert block.num_prefix_tokens == 2
+    picture = block.on_grid(block.influence)
+    assert picture.shape == (1, 34, 4, 8)
+    assert torch.equal(picture[0, 0].flatten(), block.influence[0, 0, 2:])
+
+
+def test_photographs_are_prepared_and_shown_as_the_model_saw_them() -> None:
+    found = mh.attention_maps(
+        tiny_vit(depth=1), list(sample_photographs()), image_size=(32, 60), queries=[0]
+    )
+    assert found.image_size == (32, 60)
+    assert found.pictures.shape == (2, 3, 32, 64)
+    assert 0 <= found.pictures.min() < found.pictures.max() <= 1
+    assert found.blocks[0].grid == (4, 8)
+    assert json.loads(json.dumps(found.to_json()))["blocks"][0]["grid"] == [4, 8]
+    assert "block 0 blocks.0.attn: Softmax(), 4 heads, 1 queries" in str(found)
+
+
+def test_the_model_is_not_touched() -> None:
+    model = _model(mh.Hydra()).train()
+    text = repr(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    mh.attention_maps(model, torch.randn(1, 3, 40, 40))
+    assert repr(model) == text
+    assert model.training
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_few_rows_of_a_large_image_take_little_memory() -> None:
+    model = _model(mh.Hydra(), patch_size=2, img_size=128)
+    images = torch.randn(1, 3, 128, 128)
+    with pytest.raises(MapsTooLarge, match=r"4\d+ tokens.*blocks=\[-1\]"):
+        mh.attention_maps(model, images, blocks=[1])
+    few = mh.attention_maps(model, images, heads=range(2), queries=[0])
+    assert [tuple(b.maps.shape) for b in few.blocks] == [(1, 2, 1, 4097)] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "facts"),
+    [
+        ({"blocks": [2]}, r"blocks=\[2\].*there are 2"),
+        ({"heads": [4], "blocks": [0]}, r"heads=\[4\].*there are 4.*blocks\.0\.attn"),
+        ({"queries": [17]}, r"queries=\[17\].*from 0 to 16"),
+    ],
+)
+def test_numbers_out_of_range_are_named(options: dict[str, object], facts: str) -> None:
+    with pytest.raises(InvalidOption, match=facts):
+        mh.attention_maps(_model(mh.Hydra()), torch.randn(1, 3, 32, 32), **options)
+
+
+def test_images_of_the_wrong_form_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"\[3, 32, 32\].*\[B, 3, H, W\]"):
+        mh.attention_maps(tiny_vit(depth=1), torch.randn(3, 32, 32))
+    with pytest.raises(DataError, match=r"absent\.jpg.*No such file"):
+        mh.attention_maps(tiny_vit(depth=1), tmp_path / "absent.jpg")
+
+
+def test_a_rollout_through_softmax_is_the_published_product() -> None:
+    model, images = tiny_vit(depth=3), torch.randn(2, 3, 32, 32)
+    rolled = attention_rollout(model, images, queries=[0, 5])
+    product = torch.eye(17, dtype=torch.float64)
+    for block in mh.attention_maps(model, images).blocks:
+        step = (torch.eye(17) + block.maps.mean(dim=1)) / 2
+        product = step.double() @ product
+    assert_close(rolled, product[:, [0, 5]].float())
+
+
+@each_spec
+def test_a_rollout_runs_through_mixed_models_and_its_rows_sum_to_one(
+    spec: AttentionSpec,
+) -> None:
+    rolled = attention_rollout(_model(spec), torch.randn(2, 3, 32, 32))
+    assert rolled.shape == (2, 1, 17)
+    assert (rolled >= 0).all()
+    assert_close(rolled.sum(dim=-1), torch.ones(2, 1))
+
+
+def test_a_block_that_never_runs_is_an_error_and_no_empty_answer() -> None:
+    model = tiny_vit(depth=2)
+    model.blocks[1].forward = lambda x, **_: x
+    with pytest.raises(ManyheadsError, match=r"block 1.*did not run.*blocks=\[0\]"):
+        mh.attention_maps(model, torch.randn(1, 3, 32, 32))
