@@ -133,10 +133,6 @@ class NonFiniteLoss(ManyheadsError, ArithmeticError):
     """A loss became infinite or NaN; names the step and the block."""
 
 
-class NotExportable(ManyheadsError, ValueError):
-    """A model cannot be exported, or what was written differs from it."""
-
-
 class CheckpointError(ManyheadsError, ValueError):
     """A checkpoint is missing, cut short, foreign, or cannot be written."""
 
