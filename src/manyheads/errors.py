@@ -125,10 +125,6 @@ class NotHealable(ManyheadsError, ValueError):
     """Student and teacher do not fit each other, or nothing was converted."""
 
 
-class NotExportable(ManyheadsError, ValueError):
-    """A model cannot be written in this form."""
-
-
 class NonFiniteLoss(ManyheadsError, ArithmeticError):
     """A loss became infinite or NaN; names the step and the block."""
 
