@@ -18,7 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from manyheads import Hydra, Recipe, Softmax, Swap
+import manyheads.backbones  # noqa: F401 - importing registers our own with timm
+from manyheads import Hydra, Interactive, Recipe, Softmax, Swap
 from manyheads.attention import AttentionSpec
 
 __all__ = ["CASES", "SMOKE", "Case", "CoreCase", "Entry", "LayerCase", "ModelCase"]
@@ -136,6 +137,18 @@ _HYDRA_EVERYWHERE = (
     Entry(label="softmax"),
     Entry(label="Hydra in all blocks", recipe=Recipe(Swap(attention=Hydra()))),
 )
+_INTERACTIVE_GATE = ("tests/attention/test_interactive.py",)
+_INTERACTIVE_TOKENS = (196, 784, 3136, 8160)
+_INTERACTIVE_GRIDS = ((14, 14), (28, 28), (56, 56), (68, 120))
+_INTERACTIVE_EVERYWHERE = (
+    *_HYDRA_EVERYWHERE,
+    *(
+        Entry(label=f"{spec} in all blocks", recipe=Recipe(Swap(attention=spec)))
+        for spec in (Interactive(), Interactive(mix="both"), Interactive(mix="none"))
+    ),
+)
+_IVIT_GATE = (*_INTERACTIVE_GATE, "tests/backbones/test_ivit.py")
+_IVIT_SIZES = ((224, 224, 1), (224, 224, 8), (512, 512, 1), (1024, 1024, 1))
 _SIZES = ((224, 224, 1), (224, 224, 8), (1080, 1920, 1))
 
 CASES: tuple[Case, ...] = (
@@ -168,6 +181,71 @@ CASES: tuple[Case, ...] = (
         architecture="deit_base_patch16_224",
         entries=_HYDRA_EVERYWHERE,
         inputs=_SIZES,
+    ),
+    CoreCase(
+        name="interactive_core_d768",
+        gate=_INTERACTIVE_GATE,
+        specs=(
+            Interactive(),
+            Interactive(mix="both"),
+            Interactive(mix="none"),
+            Hydra(),
+        ),
+        dim=768,
+        num_heads=12,
+        num_tokens=_INTERACTIVE_TOKENS,
+    ),
+    CoreCase(
+        name="interactive_core_d384",
+        gate=_INTERACTIVE_GATE,
+        specs=(
+            Interactive(),
+            Interactive(mix="both"),
+            Interactive(mix="none"),
+            Hydra(),
+        ),
+        dim=384,
+        num_heads=6,
+        num_tokens=_INTERACTIVE_TOKENS,
+    ),
+    LayerCase(
+        name="interactive_block_d768",
+        gate=_INTERACTIVE_GATE,
+        architecture="deit_base_patch16_224",
+        entries=_INTERACTIVE_EVERYWHERE,
+        part="block",
+        grids=_INTERACTIVE_GRIDS,
+        batch_sizes=(1,),
+    ),
+    LayerCase(
+        name="interactive_block_d384",
+        gate=_INTERACTIVE_GATE,
+        architecture="deit_small_patch16_224",
+        entries=_INTERACTIVE_EVERYWHERE,
+        part="block",
+        grids=_INTERACTIVE_GRIDS,
+        batch_sizes=(1,),
+    ),
+    ModelCase(
+        name="ivit_tiny",
+        gate=_IVIT_GATE,
+        architecture="deit_tiny_patch16_224",
+        entries=(
+            Entry(label="deit_tiny"),
+            Entry(label="ivit_tiny", architecture="ivit_tiny"),
+        ),
+        inputs=_IVIT_SIZES,
+    ),
+    ModelCase(
+        name="ivit_base",
+        gate=_IVIT_GATE,
+        architecture="deit_small_patch16_224",
+        entries=(
+            Entry(label="deit_small"),
+            Entry(label="ivit_small", architecture="ivit_small"),
+            Entry(label="ivit_base", architecture="ivit_base"),
+        ),
+        inputs=_IVIT_SIZES,
     ),
 )
 

@@ -422,7 +422,13 @@ def test_debug_changes_nothing_about_a_mistake_of_the_user(terminal: Terminal) -
 
 def test_control_c_leaves_cleanly_with_130(tmp_path: Path) -> None:
     words = [*PROGRAM, "demo", "--out", str(tmp_path / "demo")]
-    running = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    # A shell that runs the tests in the background lets its children ignore Ctrl-C.
+    running = subprocess.Popen(
+        words,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert running.stderr is not None
     assert "1/5" in running.stderr.readline()
     running.send_signal(signal.SIGINT)

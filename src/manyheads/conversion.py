@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,6 +53,8 @@ class Preview:
         image_size: Height and width for which work was counted.
         heads: Per block that becomes hallucinated, the heads that calibration images
             keep real and how alike the others are to them; empty without images.
+        left_alone: Attention that is linear in tokens already (class attention,
+            attention pooling, channel attention) and by rule never converted.
     """
 
     rows: tuple[PreviewRow, ...]
@@ -59,6 +62,7 @@ class Preview:
     flops: tuple[int, int]
     image_size: tuple[int, int]
     heads: tuple[HeadChoice, ...] = ()
+    left_alone: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Give everything as JSON values."""
@@ -92,6 +96,7 @@ class Preview:
         )
         lines += ["hallucinated heads, by similarity of maps:"] * bool(self.heads)
         lines += [f"  {choice}" for choice in self.heads]
+        lines += [f"left alone, linear already: {layer}" for layer in self.left_alone]
         return "\n".join(lines)
 
 
@@ -101,6 +106,7 @@ def preview(
     *,
     image_size: tuple[int, int] | None = None,
     images: Images | None = None,
+    paths: Sequence[str] | None = None,
 ) -> Preview:
     """Show what `convert` would do, block by block, changing nothing.
 
@@ -111,6 +117,8 @@ def preview(
             size.
         images: Calibration images, as for `convert`; with them the result says which
             heads would stay real and how alike the others are to them.
+        paths: In a model of your own, the attention layers to count as its blocks;
+            see `convert`.
 
     Raises:
         UnknownHost: No host knows the model.
@@ -119,7 +127,7 @@ def preview(
         ImageSizeError: The size gives no valid token grid.
         DataError: The images are none, or no images.
     """
-    host, sites = find_host(model)
+    host, sites = find_host(model, paths)
     operations = plan_swaps(model, sites, recipe)
     if images is not None:
         operations = calibrate(model, host, operations, images)
@@ -133,11 +141,16 @@ def preview(
         flops=(before.total, after.total),
         image_size=before.image_size,
         heads=tuple(op.heads for op in operations if op.heads is not None),
+        left_alone=host.left_alone(model),
     )
 
 
 def convert(
-    model: nn.Module, recipe: Recipe, *, images: Images | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    images: Images | None = None,
+    paths: Sequence[str] | None = None,
 ) -> nn.Module:
     """Make a new model whose blocks are what the recipe says.
 
@@ -156,6 +169,9 @@ def convert(
             are chosen by how alike their maps are, and compact layers start closest
             to the outputs seen; without, the first half of the heads is real and the
             matrix alone is approximated.
+        paths: In a model of your own, the module paths of the attention layers that
+            count as its blocks 0, 1, ...: each a `torch.nn.MultiheadAttention`, or a
+            layer with `qkv`, `proj` and `num_heads` that computes what timm's does.
 
     Returns:
         A deep copy with the blocks swapped. It needs healing to be accurate.
@@ -166,7 +182,7 @@ def convert(
         SwapRefused: A mechanism cannot carry what a layer does.
         DataError: The images are none, or no images.
     """
-    host, sites = find_host(model)
+    host, sites = find_host(model, paths)
     operations = plan_swaps(model, sites, recipe)
     if images is not None:
         operations = calibrate(model, host, operations, images)

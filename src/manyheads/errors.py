@@ -125,12 +125,12 @@ class NotHealable(ManyheadsError, ValueError):
     """Student and teacher do not fit each other, or nothing was converted."""
 
 
-class NonFiniteLoss(ManyheadsError, ArithmeticError):
-    """A loss became infinite or NaN; names the step and the block."""
-
-
 class NotExportable(ManyheadsError, ValueError):
     """A model cannot be exported, or what was written differs from it."""
+
+
+class NonFiniteLoss(ManyheadsError, ArithmeticError):
+    """A loss became infinite or NaN; names the step and the block."""
 
 
 class CheckpointError(ManyheadsError, ValueError):

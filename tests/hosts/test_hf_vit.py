@@ -83,7 +83,9 @@ def test_identity_swap_leaves_the_answer(family: str) -> None:
 @EACH_MECHANISM
 @EACH_FAMILY
 def test_mechanisms_equal_their_slow_form(family: str, spec: AttentionSpec) -> None:
-    laws.mechanism_law(FAMILIES[family](), spec)
+    model = FAMILIES[family]()
+    if not laws.refused(model, spec):
+        laws.mechanism_law(model, spec)
 
 
 @EACH_FAMILY

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from manyheads.errors import ManyheadsError, MaskRefused
+from manyheads.errors import ManyheadsError, MaskRefused, NotExportable
 from manyheads.geometry import Geometry, Grid
 from manyheads.specs import Spec
 
@@ -127,6 +127,15 @@ class Mechanism(nn.Module, ABC):
     ) -> Float[Tensor, "B N H K"]:
         """Do what ``forward`` does by building the maps and applying them."""
         return apply_maps(self.maps(q, k, mask, grid), v)
+
+    def __prepare_scriptable__(self) -> Mechanism:
+        """Refuse `torch.jit.script`, which torch asks before it compiles a module."""
+        raise NotExportable(
+            asked="torch.jit.script of a converted model",
+            found=f"{self.spec} is written for torch.compile and torch.export",
+            why="scripting is deprecated and knows neither protocols nor shape types",
+            fix="Use torch.export.export(model, ...) or torch.compile(model).",
+        )
 
     @property
     def num_maps(self) -> int:

@@ -23,6 +23,7 @@ from manyheads.attention.base import (
     require_grid,
 )
 from manyheads.attention.blending import blend_maps
+from manyheads.attention.pairing import inverse_order, join_heads, take_heads
 from manyheads.attention.softmax import masked_softmax
 from manyheads.errors import GeometryMismatch, InvalidOption, nearest
 from manyheads.geometry import Geometry, Grid
@@ -290,7 +291,8 @@ class HallucinatedAttention(Mechanism):
         mixed, lanes = self._mix(q, k, real, lanes, kept)
         if kept is not None and q.shape[1] == k.shape[1]:
             lanes = lanes * kept[:, :, None, None, None]
-        blended = blend_tokens(lanes, self.query_kernel, self._prefix, cells).sum(3)
+        terms = blend_tokens(lanes, self.query_kernel, self._prefix, cells)
+        blended = terms[:, :, :, 0] if terms.shape[3] == 1 else terms.sum(3)
         if self.cross is not None:
             pairs = (*blended.shape[:3], self.num_derived, -1)
             per_pair = blended.reshape(pairs)  # [B, N, l, j, K]
@@ -311,18 +313,18 @@ class HallucinatedAttention(Mechanism):
         lanes = lanes.flatten(3)  # [B, S, derived heads, terms * width]
         mixed, mixed_lanes, order, lane_order = [], [], [], []
         for heads, served in self._groups():
-            beside = _take(lanes, served)
+            beside = take_heads(lanes, served)
             beside = beside.reshape(*beside.shape[:2], len(heads), -1)
-            wide = torch.cat([_take(real, heads), beside], dim=3)
-            queries, keys = _take(q, heads), _take(k, heads)
+            wide = torch.cat([take_heads(real, heads), beside], dim=3)
+            queries, keys = take_heads(q, heads), take_heads(k, heads)
             out = attend(queries, keys, wide, kept, self.geometry.scale)
             mixed.append(out[..., : real.shape[3]])
             rest = out[..., real.shape[3] :]
             mixed_lanes.append(rest.reshape(*rest.shape[:2], len(served), width))
             order += heads
             lane_order += served
-        back = _take(torch.cat(mixed, dim=2), _inverse(order))
-        lanes_back = _take(torch.cat(mixed_lanes, dim=2), _inverse(lane_order))
+        back = take_heads(join_heads(mixed), inverse_order(order))
+        lanes_back = take_heads(join_heads(mixed_lanes), inverse_order(lane_order))
         return back, lanes_back.reshape(*lanes_back.shape[:3], *terms)
 
     def _on_logits(
@@ -335,7 +337,7 @@ class HallucinatedAttention(Mechanism):
             (q, self.query_kernel, entering),
             (k, self.key_kernel, kept),
         ):
-            source = _take(x, self.pairing)[:, :, :, None]
+            source = take_heads(x, self.pairing)[:, :, :, None]
             if alive is not None:
                 source = source * alive[:, :, None, None, None]
             factors.append(blend_tokens(source, kernel, self._prefix, cells).flatten(3))
@@ -386,15 +388,3 @@ def _shifted_deltas(terms: int, taps: int) -> Tensor:
     """One unit vector a term: the centre first, then its neighbours outwards."""
     order = sorted(range(taps), key=lambda tap: (abs(tap - taps // 2), tap))
     return torch.eye(taps)[order[:terms]]
-
-
-def _take(x: Tensor, heads: Sequence[int]) -> Tensor:
-    """Pick heads along axis 2; a view where they follow each other."""
-    first = heads[0] if heads else 0
-    if list(heads) == list(range(first, first + len(heads))):
-        return x.narrow(2, first, len(heads))
-    return torch.stack([x[:, :, head] for head in heads], dim=2)
-
-
-def _inverse(order: Sequence[int]) -> list[int]:
-    return sorted(range(len(order)), key=order.__getitem__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["HeadChoice", "choose_heads", "map_similarity"]
+__all__ = [
+    "HeadChoice",
+    "choose_heads",
+    "inverse_order",
+    "join_heads",
+    "map_similarity",
+    "take_heads",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,3 +137,21 @@ def _swapped(
     first, second = list(real), list(others)
     first[i], second[j] = second[j], first[i]
     return first, second
+
+
+def take_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
+    """Pick heads along axis 2; a view where they follow each other."""
+    first = heads[0] if heads else 0
+    if list(heads) == list(range(first, first + len(heads))):
+        return x.narrow(2, first, len(heads))
+    return torch.stack([x[:, :, head] for head in heads], dim=2)
+
+
+def join_heads(parts: list[Tensor]) -> Tensor:
+    """Put heads of several tensors side by side on axis 2; one comes back as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def inverse_order(order: Sequence[int]) -> list[int]:
+    """Give the order that undoes another."""
+    return sorted(range(len(order)), key=order.__getitem__)

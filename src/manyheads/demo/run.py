@@ -58,8 +58,8 @@ class Effort:
 FULL = Effort(
     embed_dim=64,
     depth=4,
-    train_epochs=12,
-    heal_epochs=5,
+    train_epochs=25,
+    heal_epochs=8,
     rounds=30,
     memory=True,
     large="deit_small_patch16_224",
@@ -76,6 +76,7 @@ QUICK = Effort(
     large_sizes=(((32, 32), 2), ((40, 56), 2)),
 )
 IMAGE_SIZE, PATCH, HEADS, BATCH = 32, 4, 4, 64
+LEARNING_RATE = 4e-3
 
 
 def demo(folder: str | Path, *, quick: bool = False) -> Demo:
@@ -99,7 +100,13 @@ def demo(folder: str | Path, *, quick: bool = False) -> Demo:
         train_set = (train_set[0][:BATCH], train_set[1][:BATCH])
     teacher = _teacher(effort, channels=train_set[0].shape[1])
     note(f"1/5 Training a softmax ViT for {effort.train_epochs} epochs")
-    train(teacher, train_set, epochs=effort.train_epochs, batch_size=BATCH)
+    train(
+        teacher,
+        train_set,
+        epochs=effort.train_epochs,
+        batch_size=BATCH,
+        learning_rate=LEARNING_RATE,
+    )
     before = evaluate(teacher, test_set).top1
     last = range(effort.depth - 2, effort.depth)
     recipes = {
@@ -231,6 +238,8 @@ def _conditions(
         "large_weights": "random",
         "patch": PATCH,
         "heads": HEADS,
+        "batch_size": BATCH,
+        "learning_rate": LEARNING_RATE,
         "effort": asdict(effort),
         "machine": machine,
     }

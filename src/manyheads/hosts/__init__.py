@@ -1,5 +1,7 @@
 """The libraries whose models can be converted, one file each."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from manyheads.errors import UnknownHost
@@ -11,6 +13,7 @@ from manyheads.hosts.base import (
     replace_module,
     token_count,
 )
+from manyheads.hosts.by_path import ByPath
 from manyheads.hosts.hf_vit import HuggingFaceViT
 from manyheads.hosts.own import OwnBackbone
 from manyheads.hosts.timm_nextvit import TimmNextViT
@@ -39,16 +42,29 @@ HOSTS: tuple[Host, ...] = (
     HuggingFaceViT(),
     TorchvisionViT(),
     OwnBackbone(),
+    ByPath(),
 )
 
 
-def find_host(model: nn.Module) -> tuple[Host, tuple[Site, ...]]:
+def find_host(
+    model: nn.Module, paths: Sequence[str] | None = None
+) -> tuple[Host, tuple[Site, ...]]:
     """Give the host that knows this model, with the model's blocks.
 
+    Args:
+        model: Any model.
+        paths: Attention layers of a model of one's own; None to ask the libraries.
+
     Raises:
+        NothingToConvert: A path leads nowhere.
+        SwapRefused: A layer at a path does what a swap could not carry.
         UnknownHost: No host does, or the one that recognises it finds no attention
             that could be converted; the message says which attention it has.
     """
+    if paths is not None:
+        named = ByPath(paths)
+        named.verify(model)
+        return named, named.sites(model)
     for host in HOSTS:
         if host.recognises(model):
             sites = host.sites(model)
@@ -73,5 +89,6 @@ def _unknown(model: nn.Module, reason: str) -> UnknownHost:
         "AttentionRope or EvaAttention "
         "(ViT, DeiT, DeiT-III, SigLIP, CLIP, DINOv2 and relatives), timm's PVT-v2 and "
         "Next-ViT; ViT, DeiT, DINOv2, DINOv3, SigLIP, SigLIP 2, CLIP vision, I-JEPA "
-        "and ViT-MAE of transformers; torchvision's VisionTransformer.",
+        "and ViT-MAE of transformers; torchvision's VisionTransformer. In a model of "
+        "your own, name the layers: convert(model, recipe, paths=[...]).",
     )

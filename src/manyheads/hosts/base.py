@@ -104,6 +104,10 @@ class Host(ABC):
     def refusal(self, model: nn.Module) -> str:
         """Say in one clause why a recognised model has no convertible block."""
 
+    def left_alone(self, model: nn.Module) -> tuple[str, ...]:
+        """List attention that is linear in tokens already, and so never a site."""
+        return ()
+
     @abstractmethod
     def swap_attention(
         self, model: nn.Module, site: Site, spec: AttentionSpec

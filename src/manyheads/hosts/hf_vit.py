@@ -17,6 +17,7 @@ from manyheads.ffn import CompactLinear
 from manyheads.geometry import Geometry, Grid, fit_to_patches
 from manyheads.hosts import hf_attention
 from manyheads.hosts.base import Host, ImageInput, Site, TokenGrid, mechanism_of
+from manyheads.hosts.heads import build_core
 from manyheads.hosts.hf_names import (
     MODELS,
     REASONS,
@@ -71,13 +72,22 @@ class HuggingFaceViT(Host):
                 return reason
         return f"the blocks of {name} are not among those whose forward pass is known"
 
+    def left_alone(self, model: nn.Module) -> tuple[str, ...]:
+        """List attention pooling: one query, so that its work is linear in tokens."""
+        return tuple(
+            f"attention pooling ({type(module).__name__}) at {path}"
+            for path, module in model.named_modules()
+            if type(module).__name__.endswith("MultiheadAttentionPoolingHead")
+        )
+
     def swap_attention(
         self, model: nn.Module, site: Site, spec: AttentionSpec
     ) -> nn.Module:
         """Give the library's attention module a mechanism and have it called."""
         hf_attention.register()
         attention: Any = model.get_submodule(site.attention_path)
-        attention.core = spec.build(site.geometry).train(attention.training)
+        like = first_of(attention, "q_proj", "query").weight
+        attention.core = build_core(spec, site.geometry, like)
         # One configuration serves the whole tower, and no other.
         attention.config._attn_implementation = hf_attention.NAME
         return attention  # type: ignore[no-any-return]

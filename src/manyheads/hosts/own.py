@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 from torch import nn
 
 from manyheads.attention import AttentionSpec
-from manyheads.errors import SwapRefused
 from manyheads.ffn import CompactLinear
 from manyheads.geometry import fit_to_patches
 from manyheads.hosts.base import Host, ImageInput, Site
@@ -54,6 +53,7 @@ class OwnBackbone(Host):
                 else None,
                 # It is built with interactive attention, so softmax is a change.
                 renamed=True,
+                fixed_query_heads="this backbone projects queries of all heads",
             )
             for index, (path, block) in enumerate(blocks)
         )
@@ -65,21 +65,9 @@ class OwnBackbone(Host):
     def swap_attention(
         self, model: nn.Module, site: Site, spec: AttentionSpec
     ) -> nn.Module:
-        """Wrap the projections that are there around the new mechanism.
-
-        Raises:
-            SwapRefused: The mechanism projects fewer queries than the layer has.
-        """
+        """Wrap the projections that are there around the new mechanism."""
         from manyheads.backbones.blocks import SelfAttention
 
-        if spec.num_query_heads(site.geometry) != site.geometry.num_heads:
-            raise SwapRefused(
-                asked=f"{spec} in block {site.index}",
-                found="it projects queries for some heads only",
-                where=site.attention_path,
-                why="this backbone has no use for heads made from others",
-                fix="Use Interactive(), Hydra() or Softmax() here.",
-            )
         source: Any = model.get_submodule(site.attention_path)
         return SelfAttention(site.geometry, spec, source=source)
 

@@ -20,7 +20,8 @@ from manyheads.attention import AttentionSpec, Mechanism, Softmax
 from manyheads.ffn import CompactLinear
 from manyheads.geometry import Geometry, fit_to_patches
 from manyheads.hosts.base import Host, ImageInput, Site, TokenGrid, mechanism_of
-from manyheads.hosts.timm_vit import TimmViT, _output_path
+from manyheads.hosts.heads import build_core, first_rows
+from manyheads.hosts.timm_vit import TimmViT, _output_path, _trunk
 
 __all__ = ["TimmRope", "TimmRopeAttention"]
 
@@ -59,18 +60,12 @@ class TimmRopeAttention(nn.Module):
         self.num_kv_groups = getattr(source, "num_kv_groups", 1)
         self.num_prefix_tokens = source.num_prefix_tokens
         self.rotate_half = getattr(source, "rotate_half", False)
-        self.qkv = source.qkv
-        self.q_proj, self.k_proj = source.q_proj, source.k_proj
-        self.v_proj = source.v_proj
-        self.q_bias = getattr(source, "q_bias", None)
-        self.v_bias = getattr(source, "v_bias", None)
-        # Keys have no bias; timm keeps zeros for them that no checkpoint holds.
-        k_bias = getattr(source, "k_bias", None)
-        self.register_buffer("k_bias", k_bias, persistent=False)
+        self.query_heads = spec.num_query_heads(geometry)
+        self._take_projections(source)
         self.q_norm, self.k_norm = source.q_norm, source.k_norm
-        self.core = spec.build(geometry)
-        self.norm, self.gate = source.norm, source.gate
         self.proj, self.proj_drop = source.proj, source.proj_drop
+        self.core = build_core(spec, geometry, self.proj.weight)
+        self.norm, self.gate = source.norm, source.gate
         self.token_grid: TokenGrid | None = None
 
     def forward(
@@ -106,6 +101,30 @@ class TimmRopeAttention(nn.Module):
         projected: Tensor = self.proj_drop(self.proj(mixed))
         return projected
 
+    def _take_projections(self, source: Any) -> None:
+        """Keep the first heads of queries and keys, as many as the mechanism takes."""
+        query_dim, dim = (
+            self.query_heads * self.head_dim,
+            self.num_heads * self.head_dim,
+        )
+        qkv, q_proj, k_proj = source.qkv, source.q_proj, source.k_proj
+        q_bias = getattr(source, "q_bias", None)
+        # Keys have no bias; timm keeps zeros for them that no checkpoint holds.
+        k_bias = getattr(source, "k_bias", None)
+        if qkv is not None and qkv.out_features > 2 * query_dim + dim:
+            qkv = first_rows(qkv, ((0, query_dim), (dim, query_dim), (2 * dim, dim)))
+        elif q_proj is not None and q_proj.out_features > query_dim:
+            q_proj = first_rows(q_proj, ((0, query_dim),))
+            k_proj = first_rows(k_proj, ((0, query_dim),))
+        if q_bias is not None and k_bias is not None and len(q_bias) > query_dim:
+            kept = q_bias.detach()[:query_dim].clone()
+            q_bias = nn.Parameter(kept, requires_grad=q_bias.requires_grad)
+            k_bias = k_bias[:query_dim].clone()
+        self.qkv, self.q_proj, self.k_proj = qkv, q_proj, k_proj
+        self.v_proj = source.v_proj
+        self.q_bias, self.v_bias = q_bias, getattr(source, "v_bias", None)
+        self.register_buffer("k_bias", k_bias, persistent=False)
+
     def init_non_persistent_buffers(self) -> None:
         """Fill the zero bias again when timm builds a model without memory first."""
         if self.k_bias is not None:
@@ -117,19 +136,25 @@ class TimmRopeAttention(nn.Module):
         if self.qkv is None:
             parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         elif self.q_bias is None or self.k_bias is None or self.v_bias is None:
-            parts = self.qkv(x).chunk(3, dim=-1)
+            parts = torch.split(self.qkv(x), self._sizes(), dim=-1)
         else:
             bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
-            parts = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
+            packed = F.linear(x, self.qkv.weight, bias)
+            parts = torch.split(packed, self._sizes(), dim=-1)
         heads = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
         q, k, v = (part.transpose(1, 2) for part in heads)
         return q, k, v
+
+    def _sizes(self) -> list[int]:
+        query_dim = self.query_heads * self.head_dim
+        return [query_dim, query_dim, self.num_heads * self.head_dim]
 
     def _rotated(self, x: Tensor, rope: Tensor, like: Tensor) -> Tensor:
         """Rotate patch tokens; class and register tokens stand nowhere."""
         from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
         P = self.num_prefix_tokens
+        rope = rope[: x.shape[1]] if rope.ndim == 3 else rope  # [H, N, 2 K] or [N, 2 K]
         patches = apply_rot_embed_cat(x[:, :, P:], rope, half=self.rotate_half)
         return torch.cat([x[:, :, :P], patches], dim=2).type_as(like)
 
@@ -154,6 +179,10 @@ class TimmRope(Host):
     def refusal(self, model: nn.Module) -> str:
         """Say what `TimmViT` says."""
         return _TIMM.refusal(model)
+
+    def left_alone(self, model: nn.Module) -> tuple[str, ...]:
+        """List what `TimmViT` lists."""
+        return _TIMM.left_alone(model)
 
     def swap_attention(
         self, model: nn.Module, site: Site, spec: AttentionSpec
@@ -185,9 +214,10 @@ class TimmRope(Host):
         cell = (merged * embed.patch_size[0], merged * embed.patch_size[1])
         actual = fit_to_patches(image_size, cell)
         native = tuple(embed.img_size or actual)
-        fixed = hasattr(model, "set_input_size") and not model.dynamic_img_size
+        trunk: Any = _trunk(model)
+        fixed = hasattr(trunk, "set_input_size") and not trunk.dynamic_img_size
         if fixed and actual != native:
-            model.set_input_size(img_size=actual)
+            trunk.set_input_size(img_size=actual)
         return actual
 
     def free_size(self, model: nn.Module) -> tuple[int, int] | None:
@@ -225,13 +255,18 @@ def _site(model: nn.Module, index: int, path: str, attention: nn.Module) -> Site
         geometry=core.geometry if core else _geometry(model, attention),
         attention=core.spec if core else Softmax(),
         ffn=output.spec if isinstance(output, CompactLinear) else None,
-        fixed_query_heads="rotary layers rotate all heads of the library's projections",
+        fixed_query_heads="grouped keys are taken whole" if _groups(attention) else "",
     )
+
+
+def _groups(attention: nn.Module) -> bool:
+    return getattr(attention, "num_kv_groups", 1) > 1
 
 
 def _encoder(model: Any) -> Any:
     """Find what embeds patches: the model, or the encoder that a classifier wraps."""
-    return model if hasattr(model, "patch_embed") else model.encoder
+    trunk = _trunk(model)
+    return trunk if hasattr(trunk, "patch_embed") else trunk.encoder
 
 
 def _patch_embed(model: Any) -> Any:

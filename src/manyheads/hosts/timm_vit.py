@@ -22,6 +22,7 @@ from manyheads.hosts.heads import (
     permute_inputs,
     permute_outputs,
 )
+from manyheads.hosts.timm_reasons import already_linear, why_refused
 
 __all__ = ["TimmAttention", "TimmViT"]
 
@@ -143,18 +144,12 @@ class TimmViT(Host):
         )
 
     def refusal(self, model: nn.Module) -> str:
-        """Name the attention classes that are there instead."""
-        others = sorted(
-            {
-                type(module).__name__
-                for path, module in model.named_modules()
-                if path.rpartition(".")[2] in {"attn", "attention", "token_mixer"}
-                or "attention" in type(module).__name__.lower()
-            }
-        )
-        if not others:
-            return "it has no attention layer"
-        return f"its attention is {', '.join(others)}, not timm.layers.Attention"
+        """Say what its attention does instead; the table is in `timm_reasons`."""
+        return why_refused(model)
+
+    def left_alone(self, model: nn.Module) -> tuple[str, ...]:
+        """List class attention, attention pooling and channel attention."""
+        return already_linear(model)
 
     def swap_attention(
         self, model: nn.Module, site: Site, spec: AttentionSpec

@@ -5,6 +5,7 @@ torchvision's transformers are built from that layer, and so are many people's o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -15,8 +16,20 @@ from manyheads.attention import AttentionSpec, Mechanism
 from manyheads.errors import GeometryMismatch, MaskRefused
 from manyheads.geometry import Geometry, Grid
 from manyheads.hosts.base import TokenGrid, mechanism_of
+from manyheads.hosts.heads import (
+    build_core,
+    first_rows,
+    head_index,
+    permute_inputs,
+    permute_outputs,
+)
 
-__all__ = ["TorchAttention", "multihead_geometry", "multihead_problem"]
+__all__ = [
+    "TorchAttention",
+    "multihead_geometry",
+    "multihead_problem",
+    "permute_multihead",
+]
 
 
 class TorchAttention(nn.Module):
@@ -55,11 +68,13 @@ class TorchAttention(nn.Module):
         self.query_heads = spec.num_query_heads(geometry)
         self.batch_first = source.batch_first
         if isinstance(source, TorchAttention):
-            self.qkv, self.proj = source.qkv, source.proj
+            self.qkv, self.proj = self._projecting(source.qkv), source.proj
         else:
-            self.qkv = _linear(source.in_proj_weight, source.in_proj_bias)
+            self.qkv = self._projecting(
+                _linear(source.in_proj_weight, source.in_proj_bias)
+            )
             self.proj = _linear(source.out_proj.weight, source.out_proj.bias)
-        self.core = spec.build(geometry)
+        self.core = build_core(spec, geometry, self.qkv.weight)
         self.token_grid: TokenGrid | None = None
 
     def forward(
@@ -99,6 +114,16 @@ class TorchAttention(nn.Module):
         """Give the output projection under torch's name."""
         return self.proj
 
+    def _projecting(self, qkv: nn.Linear) -> nn.Linear:
+        """Keep the first heads of queries and keys, as many as the mechanism takes."""
+        query_dim, dim = (
+            self.query_heads * self.head_dim,
+            self.num_heads * self.head_dim,
+        )
+        if qkv.out_features == 2 * query_dim + dim:
+            return qkv
+        return first_rows(qkv, ((0, query_dim), (dim, query_dim), (2 * dim, dim)))
+
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,6 +162,18 @@ class TorchAttention(nn.Module):
             why="these mechanisms are defined for self-attention only",
             fix="Leave cross-attention layers out, and add a batch axis to the input.",
         )
+
+
+def permute_multihead(layer: Any, geometry: Geometry, order: Sequence[int]) -> None:
+    """Put the heads of a layer, torch's or ours, in another order, in place."""
+    index = head_index(order, geometry.head_dim)
+    packed = head_index(order, geometry.head_dim, parts=3)
+    if isinstance(layer, TorchAttention):
+        permute_outputs(layer.qkv, packed)
+        permute_inputs(layer.proj, index)
+        return
+    permute_outputs(_linear(layer.in_proj_weight, layer.in_proj_bias), packed)
+    permute_inputs(layer.out_proj, index)
 
 
 def multihead_problem(layer: nn.MultiheadAttention) -> str | None:

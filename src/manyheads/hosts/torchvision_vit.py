@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,7 +14,11 @@ from manyheads.errors import CheckpointError, ImageSizeError
 from manyheads.ffn import CompactLinear
 from manyheads.geometry import fit_to_patches
 from manyheads.hosts.base import Host, ImageInput, Site, TokenGrid, mechanism_of
-from manyheads.hosts.torch_attention import TorchAttention, multihead_geometry
+from manyheads.hosts.torch_attention import (
+    TorchAttention,
+    multihead_geometry,
+    permute_multihead,
+)
 
 __all__ = ["TorchvisionViT"]
 
@@ -71,6 +76,11 @@ class TorchvisionViT(Host):
         """Build the drop-in from the packed projections that are there."""
         source: Any = model.get_submodule(site.attention_path)
         return TorchAttention(source, site.geometry, spec)
+
+    def permute_heads(self, model: nn.Module, site: Site, order: Sequence[int]) -> None:
+        """Reorder rows of the packed projection and columns of the output."""
+        layer = model.get_submodule(site.attention_path)
+        permute_multihead(layer, site.geometry, order)
 
     def track_grid(self, model: Any) -> None:
         """Hook the patch convolution where a mechanism asks for the grid."""
@@ -184,7 +194,6 @@ def _site(model: Any, index: int, path: str, block: Any) -> Site:
         attention=core.spec if core else Softmax(),
         ffn=output.spec if isinstance(output, CompactLinear) else None,
         renamed=core is not None,
-        fixed_query_heads="torchvision's packed projection is taken whole",
     )
 
 

@@ -38,7 +38,7 @@ def blend_tokens(
     Prefix tokens pass through the first term and are absent from the others, so that
     the sum over terms holds them once.
 
-    Cost: one multiply-add a tap and feature, in shifted reads of one padded copy.
+    Cost: one multiply-add a tap and feature; the only buffer is the output.
 
     Args:
         x: Tokens [B, N, L, T, W]; L and T may be 1 and are then shared.
@@ -50,38 +50,30 @@ def blend_tokens(
         Blended tokens [B, N, L, T, W].
     """
     weights = kernel.to(x.dtype)[..., None].unbind(2)  # taps of [L, T, 1]
-    patches = x[:, prefix:]
-    if cells is None:
-        half = len(weights) // 2
-        padded = F.pad(patches, (0,) * 6 + (half, half))
-        count = patches.shape[1]
-        shifts = [padded[:, tap : tap + count] for tap in range(len(weights))]
-    else:
-        pictures = patches.reshape(x.shape[0], *cells, *x.shape[2:])
-        shifts = _around(pictures, math.isqrt(len(weights)))
-    blended = shifts[0] * weights[0]
-    for shifted, weight in zip(shifts[1:], weights[1:], strict=True):
-        blended = torch.addcmul(blended, shifted, weight)
+    B, N = x.shape[:2]
+    rows, columns = cells or (N - prefix, 1)
+    height, width = len(weights), 1
     if cells is not None:
-        blended = blended.flatten(1, 2)
-    if prefix == 0:
-        return blended
-    passed = x[:, :prefix].expand(-1, -1, *blended.shape[2:])
-    once = x.new_zeros(kernel.shape[1], 1)
-    once[0] = 1
-    return torch.cat([passed * once, blended], dim=1)
+        height = width = math.isqrt(len(weights))
+    blended = x * weights[len(weights) // 2]
+    picture = blended[:, prefix:].view(B, rows, columns, *blended.shape[2:])
+    source = x[:, prefix:].reshape(B, rows, columns, *x.shape[2:])
+    for tap, weight in enumerate(weights):
+        down, right = tap // width - height // 2, tap % width - width // 2
+        if (down or right) and abs(down) < rows and abs(right) < columns:
+            here = picture[:, _span(-down, rows), _span(-right, columns)]
+            there = source[:, _span(down, rows), _span(right, columns)]
+            here.addcmul_(there, weight)
+    if prefix:
+        blended[:, :prefix, :, :1] = x[:, :prefix, :, :1]
+        if kernel.shape[1] > 1:
+            blended[:, :prefix, :, 1:] = 0
+    return blended
 
 
-def _around(patches: Tensor, side: int) -> list[Tensor]:
-    """Read a grid of tokens at every shift of a square kernel, row by row."""
-    half = side // 2
-    padded = F.pad(patches, (0,) * 6 + (half, half, half, half))
-    rows, columns = patches.shape[1:3]
-    return [
-        padded[:, down : down + rows, right : right + columns]
-        for down in range(side)
-        for right in range(side)
-    ]
+def _span(shift: int, size: int) -> slice:
+    """Places that are still inside after a shift."""
+    return slice(max(0, shift), size + min(0, shift))
 
 
 def choose_form(q: Tensor, v: Tensor) -> Form:

@@ -1,0 +1,132 @@
+"""Ask of every model that timm registers whether it can be converted, or why not.
+
+    python -m tools.census              writes docs/families.md
+    python -m tools.census pvt_v2 eva   asks these families again
+
+Every model is built on the meta device, without weights, and asked with one recipe per
+mechanism. `tests/test_census.py` asks again, family by family, and compares.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+from torch import nn
+
+import manyheads as mh
+from manyheads.errors import NothingToConvert, SwapRefused, UnknownHost
+from manyheads.hosts import find_host
+from manyheads.surgery import plan_swaps
+
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+RECIPES = {
+    "Hydra": mh.Recipe(mh.Swap(attention=mh.Hydra())),
+    "Interactive": mh.Recipe(mh.Swap(attention=mh.Interactive())),
+    "Hallucinated": mh.Recipe(mh.Swap(attention=mh.Hallucinated())),
+    "Compact": mh.Recipe(mh.Swap(ffn=mh.Compact())),
+}
+_START, _END = "<!-- census: begin -->", "<!-- census: end -->"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one model answers.
+
+    Attributes:
+        paths: Places that would be swapped; empty for a refused model.
+        answers: "yes" or "no" per recipe.
+        reasons: Every "no" in words, and what is left alone by rule.
+    """
+
+    paths: tuple[str, ...]
+    answers: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+def families() -> dict[str, list[str]]:
+    """Group timm's registered models by the file that defines them."""
+    grouped: dict[str, list[str]] = {}
+    for name in timm.list_models():
+        package, _, module = timm.model_entrypoint(name).__module__.rpartition(".")
+        if package != "timm.models":
+            continue  # somebody else's, registered with timm: this package's own, too
+        grouped.setdefault(module, []).append(name)
+    return dict(sorted(grouped.items()))
+
+
+def examine(model: nn.Module) -> Finding:
+    """Ask one model with every recipe; only named refusals are answers."""
+    try:
+        host, sites = find_host(model)
+    except UnknownHost as refusal:
+        return Finding((), ("no",) * len(RECIPES), (refusal.found,))
+    answers, reasons = [], []
+    for name, recipe in RECIPES.items():
+        try:
+            operations = plan_swaps(model, sites, recipe)
+        except (SwapRefused, NothingToConvert) as refusal:
+            answers.append("no")
+            reasons.append(f"{name}: {refusal.found.partition(' (at ')[0]}")
+            continue
+        answers.append("yes")
+        exempt = {op.left_alone for op in operations if op.left_alone}
+        reasons += [f"{name}: {reason} (in some blocks)" for reason in sorted(exempt)]
+    left_alone = sorted({w.rpartition(" at ")[0] for w in host.left_alone(model)})
+    reasons += [f"left alone, linear already: {layer}" for layer in left_alone]
+    paths = tuple(site.attention_path for site in sites)
+    return Finding(paths, tuple(answers), tuple(reasons))
+
+
+def rows_of(family: str, findings: Iterable[tuple[str, Finding]]) -> list[str]:
+    """Give a family's lines of the table, one per different answer."""
+    grouped: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+    for name, finding in findings:
+        grouped.setdefault((finding.answers, finding.reasons), []).append(name)
+    return [
+        f"| {family} | {len(names)} | `{names[0]}` | {' | '.join(answers)} | "
+        f"{'; '.join(reasons)} |"
+        for (answers, reasons), names in grouped.items()
+    ]
+
+
+def walk(names: Iterable[str]) -> Iterator[tuple[str, Finding]]:
+    """Build models one after the other, on the meta device, and ask them."""
+    for name in names:
+        yield name, examine(timm.create_model(name, device="meta"))
+
+
+def table_on(page: str) -> list[str]:
+    """Read the generated lines out of the page."""
+    table = page.partition(_START)[2].partition(_END)[0]
+    return [line for line in table.splitlines() if line.startswith("|")]
+
+
+def main(chosen: list[str]) -> None:
+    """Write the table into the page, between its two marks.
+
+    Args:
+        chosen: Families to ask again; the others keep the lines they have. All of
+            them if none is named.
+    """
+    page = PAGE.read_text(encoding="utf-8")
+    head = ["family", "models", "such as", *RECIPES, "why not, what is left alone"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for family, names in families().items():
+        if chosen and family not in chosen:
+            start = f"| {family} |"
+            lines += [row for row in table_on(page) if row.startswith(start)]
+            continue
+        lines += rows_of(family, walk(names))
+        sys.stderr.write(f"{family}\n")
+    before, _, rest = page.partition(_START)
+    after = rest.partition(_END)[2]
+    table = "\n".join(lines)
+    PAGE.write_text(f"{before}{_START}\n{table}\n{_END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
