@@ -82,7 +82,7 @@ def test_it_prints_each_cost_with_its_ratio_and_names_random_weights(
 
 def test_nothing_else_is_left_in_the_folder(found: Demo) -> None:
     names = sorted(path.name for path in found.folder.iterdir())
-    assert names == ["demo.json", "demo.png", "student"]
+    assert names == ["demo.json", "demo.png", "maps.png", "report.html", "student"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
@@ -93,3 +93,10 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
         demo(tmp_path / "file" / "demo", quick=True)
     assert main(["demo", "--quick", "--out", str(tmp_path / "file")]) == 2
     assert "1/5" not in capsys.readouterr().err
+
+
+def test_it_ends_with_a_page_that_shows_all_of_it(found: Demo) -> None:
+    page = (found.folder / "report.html").read_text()
+    assert str(found).endswith(f"Open {found.folder / 'report.html'} to see it all.")
+    assert page.count('<img alt="') == 2
+    assert all(row.model in page for row in found.rows)

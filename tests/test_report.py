@@ -81,7 +81,7 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     path = report(_run(tmp_path))
     assert path == tmp_path / "report.html"
     page = path.read_text()
-    for fact in ("A tiny run", "98.1 %", "40.0 %", "97.0 %", "0.01 (0.50)"):
+    for fact in ("A tiny run", "98.1 %", "40.0 %", "97.0 %", "0.011 (0.50)"):
         assert fact in page, fact
     assert "machine.threads" in page
     assert "blocks.1" in page
@@ -98,7 +98,7 @@ def test_losses_are_marked_and_stay_in_the_table(tmp_path: Path) -> None:
     page = report(_run(tmp_path)).read_text()
     assert re.search(r'2\.50 \(1\.25\) <span class="loss"', page)
     assert re.search(r'97\.0 % <span class="loss"', page)
-    assert not re.search(r'0\.01 \(0\.50\) <span class="loss"', page)
+    assert not re.search(r'0\.011 \(0\.50\) <span class="loss"', page)
 
 
 def test_names_from_the_file_cannot_become_markup(tmp_path: Path) -> None:

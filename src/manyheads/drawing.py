@@ -89,7 +89,9 @@ def draw(
     ]
     names = [_row_name(several, number) for number in range(len(rows))]
     whose = _asked(first.blocks[0], query)
-    photo = first.pictures[image].permute(1, 2, 0).numpy()
+    picture = first.pictures[image]
+    colours = picture if len(picture) == 3 else picture[:1].expand(3, -1, -1)
+    photo = colours.permute(1, 2, 0).numpy()
     figure = _figure(figures, photo, rows, names)
     figure.suptitle(f"{title}\n{whose}" if title else whose, fontsize=11)
     target = Path(path)

@@ -50,7 +50,7 @@ class Demo:
         rows: The digit models; the softmax teacher first.
         large: The large model, softmax then Hydra, at each image size.
         conditions: Data, sizes, effort and machine.
-        folder: Where demo.json, demo.png and student/ are.
+        folder: Where demo.json, its pictures, report.html and student/ are.
     """
 
     rows: tuple[DemoRow, ...]
@@ -92,7 +92,8 @@ class Demo:
                 *_aligned(large),
                 "",
                 "(ratio to softmax attention; below 1 is cheaper, ! marks worse)",
-                f"Written to {self.folder}: demo.json, demo.png, student/",
+                f"Written to {self.folder}: demo.json, demo.png, maps.png, student/",
+                f"Open {self.folder / 'report.html'} to see it all.",
             ]
         )
 

@@ -17,14 +17,17 @@ from torch import Tensor, nn
 
 from manyheads.attention import Hydra
 from manyheads.checkpoint import load, save
-from manyheads.conversion import convert
+from manyheads.conversion import convert, preview
 from manyheads.costs import cost
 from manyheads.data import digits
 from manyheads.demo.figures import draw_demo
 from manyheads.demo.findings import Demo, DemoRow, LargeRow
+from manyheads.drawing import draw
 from manyheads.errors import CheckpointError, ManyheadsError
 from manyheads.healing import heal
+from manyheads.maps import attention_maps
 from manyheads.recipe import Recipe, Swap
+from manyheads.report import report
 from manyheads.terminal.console import note
 from manyheads.terminal.sources import open_model
 from manyheads.timing import bench
@@ -129,7 +132,7 @@ def demo(folder: str | Path, *, quick: bool = False) -> Demo:
         conditions=_conditions(effort, train_set, test_set, machine),
         folder=target,
     )
-    _keep(result, students[-1], test_set[0])
+    _keep(result, teacher, students[-1], test_set[0])
     return result
 
 
@@ -254,7 +257,7 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
-def _keep(result: Demo, student: nn.Module, images: Tensor) -> None:
+def _keep(result: Demo, teacher: nn.Module, student: nn.Module, images: Tensor) -> None:
     """Write everything, and check that the model on disk gives the same logits."""
     checkpoint = save(student, result.folder / "student")
     with torch.no_grad():
@@ -268,8 +271,20 @@ def _keep(result: Demo, student: nn.Module, images: Tensor) -> None:
     try:
         draw_demo(result.to_json(), result.folder / "demo.png")
         fresh = result.folder / ".demo.json"
-        fresh.write_text(json.dumps(result.to_json(), indent=2), encoding="utf-8")
+        converted = preview(teacher, Recipe(Swap(attention=Hydra()))).to_json()
+        recorded = result.to_json() | {"converted": converted}
+        fresh.write_text(json.dumps(recorded, indent=2), encoding="utf-8")
         fresh.rename(result.folder / "demo.json")
+        maps = {
+            name: attention_maps(model.cpu().eval(), images[:1].cpu(), heads=())
+            for name, model in (("teacher", teacher), ("student, healed", student))
+        }
+        title = "Teacher and student with Hydra in all blocks, one digit"
+        pictures = {
+            "What was lost and what was gained": result.folder / "demo.png",
+            title: draw(maps, result.folder / "maps.png", title=title),
+        }
+        report(result.folder / "demo.json", figures=pictures)
     except OSError as error:
         raise _unwritable(result.folder, error) from error
 

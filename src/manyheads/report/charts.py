@@ -15,8 +15,8 @@ __all__ = ["Cell", "line_chart", "table"]
 Cell = str | tuple[str, float | None] | tuple[str, float | None, bool]
 """Text; or text and the number to sort by; or these and whether it is a loss."""
 
-_WIDE, _HIGH = 640, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 150, 16, 44
+_WIDE, _HIGH = 720, 300
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 236, 16, 44
 _SERIES = 4
 _NUMBER = ' class="number"'
 
@@ -138,9 +138,13 @@ def _ticks(bounds: tuple[float, float], *, vertical: bool) -> str:
     powers = range(first, math.ceil(math.log10(bounds[1])) + 1)
     steps = (1, 2, 5) if len(powers) < 5 else (1,)
     parts = []
-    for value in (step * 10.0**power for power in powers for step in steps):
-        if not bounds[0] <= value <= bounds[1]:
-            continue
+    values = [step * 10.0**power for power in powers for step in steps]
+    values = [value for value in values if bounds[0] <= value <= bounds[1]]
+    if len(values) < 2:
+        # Data within one step: its own ends are the ticks.
+        spread = (bounds[1] / bounds[0]) ** 0.07
+        values = [float(f"{v:.3g}") for v in (bounds[0] * spread, bounds[1] / spread)]
+    for value in values:
         if vertical:
             y = _y(value, bounds)
             parts.append(

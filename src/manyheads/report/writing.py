@@ -241,7 +241,7 @@ def _priced(rows: Sequence[Row], base: Row) -> list[list[Cell]]:
                 shown.append(("-", None))
                 continue
             ratio = value / first if first and row is not base else None
-            text = f"{value / unit:,.2f}" + (f" ({ratio:.2f})" if ratio else "")
+            text = _digits(value / unit) + (f" ({ratio:.2f})" if ratio else "")
             shown.append((text, value, ratio is not None and ratio > 1.005))
         cells.append(shown)
     return cells
@@ -311,6 +311,10 @@ def _missing(what: str) -> str:
 def _number(row: Row, key: str) -> float | None:
     value = row.get(key)
     return float(value) if isinstance(value, int | float) else None
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.2f}" if value >= 1 else f"{value:.3g}"
 
 
 def _size(row: Row) -> tuple[int, int]:
