@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import manyheads.backbones  # noqa: F401 - importing registers our own with timm
-from manyheads import Hydra, Interactive, Recipe, Softmax, Swap
+from manyheads import Compact, Hallucinated, Hydra, Interactive, Recipe, Softmax, Swap
 from manyheads.attention import AttentionSpec
 
 __all__ = ["CASES", "SMOKE", "Case", "CoreCase", "Entry", "LayerCase", "ModelCase"]
@@ -148,7 +148,31 @@ _INTERACTIVE_EVERYWHERE = (
     ),
 )
 _IVIT_GATE = (*_INTERACTIVE_GATE, "tests/backbones/test_ivit.py")
-_IVIT_SIZES = ((224, 224, 1), (224, 224, 8), (512, 512, 1), (1024, 1024, 1))
+_IVIT_HALLUCINATED_GATE = (
+    "tests/attention/test_hallucinated.py",
+    "tests/test_ffn.py",
+    "tests/hosts/test_timm_vit.py",
+)
+_HALLUCINATED = (
+    Entry(label="softmax"),
+    Entry(
+        label="hallucinated, probabilities",
+        recipe=Recipe(Swap(attention=Hallucinated())),
+    ),
+    Entry(
+        label="hallucinated, logits",
+        recipe=Recipe(Swap(attention=Hallucinated(stage="logits"))),
+    ),
+)
+_HALLUCINATED_AND_COMPACT = (
+    *_HALLUCINATED[:2],
+    Entry(label="compact", recipe=Recipe(Swap(ffn=Compact()))),
+    Entry(
+        label="hallucinated, probabilities + compact",
+        recipe=Recipe(Swap(attention=Hallucinated(), ffn=Compact())),
+    ),
+)
+_SIZES = ((224, 224, 1), (224, 224, 8), (512, 512, 1), (1024, 1024, 1))
 _SIZES = ((224, 224, 1), (224, 224, 8), (1080, 1920, 1))
 
 CASES: tuple[Case, ...] = (
@@ -246,6 +270,36 @@ CASES: tuple[Case, ...] = (
             Entry(label="ivit_base", architecture="ivit_base"),
         ),
         inputs=_IVIT_SIZES,
+    ),
+    LayerCase(
+        name="hallucinated_attention_d768",
+        gate=_HALLUCINATED_GATE,
+        architecture="deit_base_patch16_224",
+        entries=_HALLUCINATED,
+        part="attention",
+        grids=((14, 14), (24, 24)),
+    ),
+    LayerCase(
+        name="hallucinated_attention_d384",
+        gate=_HALLUCINATED_GATE,
+        architecture="deit_small_patch16_224",
+        entries=_HALLUCINATED,
+        part="attention",
+        grids=((14, 14), (24, 24)),
+    ),
+    ModelCase(
+        name="hallucinated_deit_base",
+        gate=_HALLUCINATED_GATE,
+        architecture="deit_base_patch16_224",
+        entries=_HALLUCINATED_AND_COMPACT,
+        inputs=((224, 224, 1), (224, 224, 8), (384, 384, 1)),
+    ),
+    ModelCase(
+        name="hallucinated_deit_small",
+        gate=_HALLUCINATED_GATE,
+        architecture="deit_small_patch16_224",
+        entries=_HALLUCINATED_AND_COMPACT,
+        inputs=((224, 224, 1), (224, 224, 8), (384, 384, 1)),
     ),
 )
 

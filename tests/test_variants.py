@@ -49,7 +49,10 @@ def _share(before: float, after: float) -> float:
 
 
 def _with_maps_convolved(base: str) -> int:
-    """FLOPs if every hallucinated map were convolved as the picture it is."""
+    """FLOPs if every hallucinated map were convolved as the picture it is.
+
+    That the published figures were counted so is our inference from how they fit.
+    """
     after = _costs(base)[1]
     heads = {"tiny": 1, "small": 3, "base": 6}[base.split("_")[1]]
     blends = sum(block.elementwise for block in after.blocks)
