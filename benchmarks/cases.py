@@ -148,7 +148,7 @@ _INTERACTIVE_EVERYWHERE = (
     ),
 )
 _IVIT_GATE = (*_INTERACTIVE_GATE, "tests/backbones/test_ivit.py")
-_IVIT_HALLUCINATED_GATE = (
+_HALLUCINATED_GATE = (
     "tests/attention/test_hallucinated.py",
     "tests/test_ffn.py",
     "tests/hosts/test_timm_vit.py",
@@ -172,7 +172,7 @@ _HALLUCINATED_AND_COMPACT = (
         recipe=Recipe(Swap(attention=Hallucinated(), ffn=Compact())),
     ),
 )
-_SIZES = ((224, 224, 1), (224, 224, 8), (512, 512, 1), (1024, 1024, 1))
+_IVIT_SIZES = ((224, 224, 1), (224, 224, 8), (512, 512, 1), (1024, 1024, 1))
 _SIZES = ((224, 224, 1), (224, 224, 8), (1080, 1920, 1))
 
 CASES: tuple[Case, ...] = (
