@@ -65,7 +65,7 @@ def calibrate(
     place = next(watched.parameters())
     with notes, torch.no_grad():
         for batch in _batches(images):
-            watched(batch.to(place))
+            host.feed(watched, batch.to(place))
     choices = {op.site.index: notes.choice(op) for op in heads}
     moments = {op.site.index: notes.moments(op.site.ffn_path or "") for op in outputs}
     return tuple(

@@ -6,7 +6,8 @@ only, and takes a few epochs.
 
     1  blocks   every converted block, on the teacher's own input of that block, is
                 brought to the teacher's output; the blocks do not wait for each other
-    2  logits   the whole student is brought to the teacher's scores, end to end
+    2  logits   the whole student is brought to the teacher's scores, end to end; where
+                there is no classifier, to the teacher's features
 """
 
 from __future__ import annotations
@@ -51,8 +52,12 @@ class Healed:
     Attributes:
         blocks: The blocks that differ from the teacher's.
         divergence: Kullback-Leibler divergence of the student's scores from the
-            teacher's at temperature 1, in nats, before and after.
-        agreement: Share of images on which both name the same class, before and after.
+            teacher's at temperature 1, in nats, before and after; None for models
+            that give features.
+        agreement: Share of images on which both name the same class, before and
+            after; None for models that give features.
+        feature_error: Squared error of the features relative to the teacher's squared
+            features, before and after; None for models that give scores.
         stages: What happened in each stage.
         images: Images of the source.
         sample: Images on which before and after were measured.
@@ -62,8 +67,9 @@ class Healed:
     """
 
     blocks: tuple[BlockHealing, ...]
-    divergence: tuple[float, float]
-    agreement: tuple[float, float]
+    divergence: tuple[float, float] | None
+    agreement: tuple[float, float] | None
+    feature_error: tuple[float, float] | None
     stages: tuple[StageRecord, ...]
     images: int
     sample: int
@@ -80,11 +86,14 @@ class Healed:
             f"{block.path}  error {block.before:.3g} -> {block.after:.3g}"
             for block in self.blocks
         ]
-        lines.append(
-            f"divergence {self.divergence[0]:.3g} -> {self.divergence[1]:.3g} nats, "
-            f"agreement {self.agreement[0]:.1%} -> {self.agreement[1]:.1%} "
-            f"(on {self.sample} of the images healed on)"
-        )
+        told = []
+        if self.divergence is not None:
+            told.append("divergence {:.3g} -> {:.3g} nats".format(*self.divergence))
+        if self.agreement is not None:
+            told.append("agreement {:.1%} -> {:.1%}".format(*self.agreement))
+        if self.feature_error is not None:
+            told.append("features: error {:.3g} -> {:.3g}".format(*self.feature_error))
+        lines.append(f"{', '.join(told)} (on {self.sample} of the images healed on)")
         steps = " + ".join(f"{stage.steps} {stage.name}" for stage in self.stages)
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
         lines.append(
@@ -122,7 +131,9 @@ def heal(
         logits   t^2 KL(softmax(T / t) || softmax(S / t))  +  w |s - f|^2 / |f|^2
 
     x_b is what the teacher feeds its block b, t the temperature, s and f the last
-    block's outputs of student and teacher, w the `feature_weight`. In the first stage
+    block's outputs of student and teacher, w the `feature_weight`. A model without a
+    classifier gives features S and T, and the divergence gives way to
+    |S - T|^2 / |T|^2. In the first stage
     only converted blocks move, each by its own error; in the second the whole student
     moves, frozen parameters too. Dropout and stochastic depth rest in both, because
     the target is fixed. The teacher is read only.
@@ -251,8 +262,9 @@ def _result(run: Run, source: ImageSource, options: RunOptions) -> Healed:
             BlockHealing(path=path, before=error, after=after["blocks"][path])
             for path, error in before["blocks"].items()
         ),
-        divergence=(before["divergence"], after["divergence"]),
-        agreement=(before["agreement"], after["agreement"]),
+        divergence=_both(before, after, "divergence"),
+        agreement=_both(before, after, "agreement"),
+        feature_error=_both(before, after, "feature_error"),
         stages=run.records,
         images=len(source),
         sample=run.notes["sample"],
@@ -260,6 +272,14 @@ def _result(run: Run, source: ImageSource, options: RunOptions) -> Healed:
         seconds=run.seconds,
         run_dir=None if options.run_dir is None else str(options.run_dir),
     )
+
+
+def _both(
+    before: dict[str, Any], after: dict[str, Any], name: str
+) -> tuple[float, float] | None:
+    """Pair a measure up; None where it does not apply to the models."""
+    earlier, later = before.get(name), after.get(name)
+    return None if earlier is None or later is None else (earlier, later)
 
 
 def _require_sound(config: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from manyheads.data import Batch
 from manyheads.errors import NotHealable
-from manyheads.hosts import Site, find_host
-from manyheads.loop.probes import Recorder, broken_block, like, try_one
+from manyheads.hosts import Site, find_host, host_of, is_random, respond
+from manyheads.loop.probes import Recorder, broken_block, first, like, try_one
 from manyheads.loop.weights import keeping_modes
 
 __all__ = ["Pair"]
@@ -24,6 +24,8 @@ class Pair:
         student_sites: The student's blocks.
         paths: Paths of all blocks; they are the same in both models.
         differing: Paths of the modules that hold what was converted.
+        scored: Whether the models give scores of classes; else they give features,
+            compared by relative squared error. Known after `require_accepted`.
 
     Raises:
         NotHealable: The models do not pair up, nothing was converted, they share
@@ -42,51 +44,63 @@ class Pair:
         self.student_sites, sites = _matching_sites(student, teacher)
         self.paths = tuple(site.path for site in sites)
         self.differing = _differing(self.student_sites, sites)
+        self.scored = True
         self._shown: torch.Size | None = None
 
     def set_student_mode(self) -> None:
         """Train, with everything random at rest."""
         self.student.train()
         for module in self.student.modules():
-            random = isinstance(module, nn.modules.dropout._DropoutNd)
-            if random or type(module).__name__.startswith(("DropPath", "PatchDropout")):
-                module.eval()
+            if is_random(module):
+                module.training = False
 
     def require_accepted(self, images: Tensor, where: str) -> None:
-        """See that both models take such images and give as many scores.
+        """See that both models take such images and answer alike.
 
         Raises:
             DataError: One of them refuses an image.
-            NotHealable: They give different numbers of scores.
+            NotHealable: They give different numbers of scores, or other features.
         """
-        ours, theirs = (
-            try_one(model, images, where).shape[1]
-            for model in (self.student, self.teacher)
-        )
-        if ours != theirs:
-            raise _not_healable(f"it gives {ours} scores and the teacher {theirs}")
+        both = (self.student, self.teacher)
+        ours, theirs = (try_one(model, images, where) for model in both)
+        self.scored = host_of(self.student).gives_scores(self.student, ours)
+        if ours.shape == theirs.shape:
+            return
+        if self.scored:
+            found = (
+                f"it gives {ours.shape[-1]} scores and the teacher {theirs.shape[-1]}"
+            )
+        else:
+            found = (
+                f"it gives features {list(ours.shape[1:])} and the teacher "
+                f"{list(theirs.shape[1:])}"
+            )
+        raise _not_healable(found)
 
     def block_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Compare every converted block with the teacher's, on the teacher's input."""
         with torch.no_grad(), Recorder(self.teacher, self.differing) as calls:
-            self.teacher(like(batch.images, self.teacher))
+            respond(self.teacher, like(batch.images, self.teacher))
         self._show_grid(batch.images)
         losses = {}
         for path in self.differing:
             args = [like(value, self.student) for value in calls[path].args]
             kwargs = {k: like(v, self.student) for k, v in calls[path].kwargs.items()}
-            output = self.student.get_submodule(path)(*args, **kwargs)
+            output = first(self.student.get_submodule(path)(*args, **kwargs))
             losses[path] = _relative_error(output, calls[path].output)
         return losses
 
     def logit_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Compare the scores, and the last block's outputs if they have a weight."""
+        """Compare the answers, and the last block's outputs if they have a weight."""
         last = self.paths[-1:]
         with torch.no_grad(), Recorder(self.teacher, last) as taught:
-            target = self.teacher(like(batch.images, self.teacher))
+            target = respond(self.teacher, like(batch.images, self.teacher))
         with Recorder(self.student, last) as learned:
-            scores = self.student(like(batch.images, self.student))
-        losses = {"logits": _divergence(scores, target, self.temperature)}
+            answer = respond(self.student, like(batch.images, self.student))
+        if self.scored:
+            losses = {"logits": _divergence(answer, target, self.temperature)}
+        else:
+            losses = {"answer": _relative_error(answer, target)}
         if self.feature_weight:
             error = _relative_error(learned[last[0]].output, taught[last[0]].output)
             losses["features"] = self.feature_weight * error
@@ -114,24 +128,32 @@ class Pair:
 
     @torch.no_grad()
     def measure(self, images: Tensor) -> dict[str, Any]:
-        """Give block errors, divergence and agreement, both models in evaluation."""
+        """Give block errors and how far the answers are, both models in evaluation.
+
+        The answers' distance is divergence and agreement of scores, or the relative
+        squared error of features; what does not apply is None.
+        """
         errors = dict.fromkeys(self.differing, 0.0)
-        divergence, agreement = 0.0, 0
+        distance, agreement = 0.0, 0
         with keeping_modes(self.student):
             self.student.eval()
             for part in torch.split(images, 64):
                 share = len(part) / len(images)
                 for path, loss in self.block_losses(Batch(part, part)).items():
                     errors[path] += share * float(loss)
-                scores = self.student(like(part, self.student))
-                target = self.teacher(like(part, self.teacher))
-                divergence += share * float(_divergence(scores, target, 1.0))
-                same = scores.argmax(-1) == target.argmax(-1)
-                agreement += int(same.sum())
+                answer = respond(self.student, like(part, self.student))
+                target = respond(self.teacher, like(part, self.teacher))
+                if self.scored:
+                    distance += share * float(_divergence(answer, target, 1.0))
+                    same = answer.argmax(-1) == target.argmax(-1).to(answer.device)
+                    agreement += int(same.sum())
+                else:
+                    distance += share * float(_relative_error(answer, target))
         return {
             "blocks": errors,
-            "divergence": divergence,
-            "agreement": agreement / len(images),
+            "divergence": distance if self.scored else None,
+            "agreement": agreement / len(images) if self.scored else None,
+            "feature_error": None if self.scored else distance,
         }
 
     def _show_grid(self, images: Tensor) -> None:
@@ -161,7 +183,8 @@ def _matching_sites(
         for a, b in zip(ours, theirs, strict=True)
     ):
         raise _not_healable("no block differs from the teacher's")
-    weights = {p.data_ptr() for p in teacher.parameters()}
+    # Empty parameters have no place in memory: all of them seem to be at the same.
+    weights = {p.data_ptr() for p in teacher.parameters() if p.numel()}
     shared = [n for n, p in student.named_parameters() if p.data_ptr() in weights]
     if shared:
         raise _not_healable(f"it shares weights with the teacher: {shared[0]!r}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,16 +164,18 @@ def bench(
         for model, (host, sites) in zip(models, hosted, strict=True)
     ]
     entrants = [
-        _entrant(model, host, size, batch_size)
-        for model, (host, _) in zip(models, hosted, strict=True)
+        _entrant(model, each, size, batch_size)
+        for model, (each, _) in zip(models, hosted, strict=True)
     ]
     where = conditions(device, _dtype(models[0])) | {
         "weights": "not known to be trained or random; they do not enter time or memory"
     }
     called = list(names) if names is not None else _default_names(models, hosted)
-    laps = _race(entrants, rounds, device, progress)
+    feeds = [each.feed for each, _ in hosted]
+    laps = _race(entrants, feeds, rounds, device, progress)
     found = [
-        measure_memory(model, images) if memory else None for model, images in entrants
+        measure_memory(model, images, feed) if memory else None
+        for (model, images), feed in zip(entrants, feeds, strict=True)
     ]
     return Bench(
         rows=tuple(
@@ -207,6 +210,7 @@ def _entrant(
 
 def _race(
     entrants: Sequence[tuple[nn.Module, Tensor]],
+    feeds: Sequence[Callable[[nn.Module, Tensor], Any]],
     rounds: int,
     device: torch.device,
     progress: bool,
@@ -215,16 +219,15 @@ def _race(
     with bar, torch.inference_mode():
         task = bar.add_task("Timing, round by round", total=rounds)
         return race(
-            [_call(model, images) for model, images in entrants],
+            [
+                partial(feed, model, images)
+                for (model, images), feed in zip(entrants, feeds, strict=True)
+            ],
             rounds=rounds,
             budget_s=_BUDGET_S,
             device=device,
             on_round=lambda done: bar.update(task, completed=done),
         )
-
-
-def _call(model: nn.Module, images: Tensor) -> Any:
-    return lambda: model(images)
 
 
 def _row(

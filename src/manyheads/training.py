@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from manyheads.data import Batch, Images, ImageSource, image_source
 from manyheads.errors import DataError, NonFiniteLoss
-from manyheads.hosts import find_host
+from manyheads.hosts import find_host, respond
 from manyheads.loop import Run, progress_bar
 from manyheads.loop.probes import broken_block, like, try_one
 from manyheads.loop.stages import RunOptions, Stage, require_positive
@@ -240,7 +240,7 @@ class _Task:
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Give the cross-entropy of one batch."""
         self.model.train()
-        scores = self.model(like(batch.images, self.model))
+        scores = respond(self.model, like(batch.images, self.model))
         _require_labels(batch.labels, scores.shape[1])
         labels = batch.labels.to(scores.device)
         return {"labels": F.cross_entropy(scores.float(), labels)}
@@ -297,7 +297,7 @@ def _measure(
         for images, labels in batches:
             if not len(images):
                 continue
-            scores = model(like(images, model)).float()
+            scores = respond(model, like(images, model)).float()
             width = scores.shape[1]
             _require_labels(labels, width)
             _require_finite(model, images, scores)
@@ -324,7 +324,7 @@ def _labelled(
 ) -> ImageSource:
     """Make a source whose labels fit the model's scores."""
     source = image_source(model, images, labelled=True, max_unreadable=max_unreadable)
-    scores = try_one(model, source.sample(8).images, source.where)
+    scores = try_one(model, source.sample(8).images, source.where, scored=True)
     if source.labels is not None:
         _require_labels(source.labels, scores.shape[1])
     if source.classes and len(source.classes) != scores.shape[1]:

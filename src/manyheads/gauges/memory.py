@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,11 @@ class Memory:
     extra_mib: float
 
 
-def measure_memory(model: nn.Module, images: Tensor) -> Memory | str:
+def measure_memory(
+    model: nn.Module,
+    images: Tensor,
+    feed: Callable[[nn.Module, Tensor], Any] = nn.Module.__call__,
+) -> Memory | str:
     """Run the model on the images in a fresh process and give its peak memory.
 
     Cost: starting Python and torch, a few seconds, and two passes.
@@ -53,12 +58,14 @@ def measure_memory(model: nn.Module, images: Tensor) -> Memory | str:
     Args:
         model: In evaluation mode, on its device; it is not touched.
         images: What it is fed, on the same device.
+        feed: How it is fed; a function that the other process can import.
 
     Returns:
         The memory, or in one clause why it could not be measured.
     """
     with tempfile.TemporaryDirectory(prefix="manyheads-memory-") as folder:
-        job = {"model": model, "images": images, "threads": torch.get_num_threads()}
+        job = {"model": model, "images": images, "feed": feed}
+        job["threads"] = torch.get_num_threads()
         try:
             torch.save(job, Path(folder) / _JOB)
         except Exception as error:
@@ -96,7 +103,7 @@ def _probe(folder: str) -> dict[str, float] | str:
     # can open; a model is code and cannot travel as bare tensors.
     job: dict[str, Any] = torch.load(Path(folder) / _JOB, weights_only=False)
     torch.set_num_threads(job["threads"])
-    model, images = job["model"], job["images"]
+    model, images, feed = job["model"], job["images"], job["feed"]
     del job
     gc.collect()
     on_gpu = images.device.type == "cuda"
@@ -107,7 +114,7 @@ def _probe(folder: str) -> dict[str, float] | str:
     _forget_peak(on_gpu)
     with torch.inference_mode():
         for _ in range(2):
-            model(images)
+            feed(model, images)
     peak = torch.cuda.max_memory_allocated() if on_gpu else _resident_bytes("VmHWM")
     peak = max(loaded, peak or 0)
     return {"peak_mib": peak / _MIB, "extra_mib": (peak - loaded) / _MIB}

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from manyheads.errors import UnknownHost
 from manyheads.hosts.base import (
     Host,
     ImageInput,
     Site,
+    is_random,
     mechanism_of,
     replace_module,
     token_count,
@@ -29,8 +30,11 @@ __all__ = [
     "Site",
     "find_host",
     "host_named",
+    "host_of",
+    "is_random",
     "mechanism_of",
     "replace_module",
+    "respond",
     "token_count",
 ]
 
@@ -65,13 +69,34 @@ def find_host(
         named = ByPath(paths)
         named.verify(model)
         return named, named.sites(model)
+    host = host_of(model)
+    sites = host.sites(model)
+    if not sites:
+        raise _unknown(model, host.refusal(model))
+    return host, sites
+
+
+def host_of(model: nn.Module) -> Host:
+    """Give the host that recognises a model, without a look at its blocks.
+
+    Raises:
+        UnknownHost: No host does.
+    """
     for host in HOSTS:
         if host.recognises(model):
-            sites = host.sites(model)
-            if sites:
-                return host, sites
-            raise _unknown(model, host.refusal(model))
+            return host
     raise _unknown(model, "no library this version knows built it")
+
+
+def respond(model: nn.Module, images: Tensor) -> Tensor:
+    """Show images to a hosted model and give the tensor by which it is judged.
+
+    Raises:
+        UnknownHost: No host knows the model.
+        ManyheadsError: What the model returns holds no such tensor.
+    """
+    host = host_of(model)
+    return host.output(host.feed(model, images))
 
 
 def host_named(name: str) -> Host | None:

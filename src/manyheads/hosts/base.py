@@ -21,7 +21,20 @@ from manyheads.errors import ManyheadsError, SwapRefused
 from manyheads.ffn import FeedForwardSpec
 from manyheads.geometry import Geometry, Grid
 
-__all__ = ["Host", "ImageInput", "Site", "TokenGrid", "replace_module", "token_count"]
+__all__ = [
+    "Host",
+    "ImageInput",
+    "Site",
+    "TokenGrid",
+    "is_random",
+    "replace_module",
+    "token_count",
+]
+
+# Words in the names of classes that draw random numbers while training.
+_RANDOM = ("DropPath", "PatchDropout", "Rotary", "Rope")
+# Rates that attention layers read off themselves, dropout being part of the function.
+_RATES = ("attention_dropout", "attn_drop", "dropout", "dropout_prob", "dropout_p")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +181,14 @@ class Host(ABC):
             fix="Use a model that returns one tensor for an image.",
         )
 
+    def gives_scores(self, model: nn.Module, output: Tensor) -> bool:
+        """Say whether an output holds the scores of classes, and not features.
+
+        Scores are compared as distributions and by the class they name; features have
+        no classes, so they are compared by their squared error.
+        """
+        return output.ndim == 2 and getattr(model, "num_classes", None) != 0
+
     @abstractmethod
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """Say as JSON values how to build the model again, weights left out.
@@ -238,6 +259,21 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     parent = model.get_submodule(parent_path)
     new.train(parent.get_submodule(name).training)
     parent.register_module(name, new)
+
+
+def is_random(module: nn.Module) -> bool:
+    """Say whether a module itself, its children aside, is random while it trains.
+
+    Dropout and stochastic depth are, as are rotations whose positions are jittered and
+    attention layers that drop weights inside one fused function.
+    """
+    name = type(module).__name__
+    return (
+        isinstance(module, nn.modules.dropout._DropoutNd | Mechanism)
+        or any(word in name for word in _RANDOM)
+        or any(isinstance(getattr(module, rate, None), float) for rate in _RATES)
+        or isinstance(getattr(module, "attn_drop", None), nn.Dropout)
+    )
 
 
 def token_count(

@@ -108,6 +108,9 @@ class HuggingFaceViT(Host):
     def feed(self, model: Any, images: Tensor) -> Any:
         """Run the vision tower; SigLIP 2 gets its patches, ViT-MAE fixed noise."""
         root = vision_root(model)[1]
+        if root.config._attn_implementation == hf_attention.NAME:
+            # A model that was pickled meets a process that never converted one.
+            hf_attention.register()
         runs = root if hasattr(model, "get_image_features") else model
         embeddings = type(root.embeddings).__name__
         if embeddings == "Siglip2VisionEmbeddings":
@@ -142,6 +145,10 @@ class HuggingFaceViT(Host):
             found=f"{type(result).__name__} holds no logits, embedding or tokens",
             fix="Use a model with a head, or one that returns last_hidden_state.",
         )
+
+    def gives_scores(self, model: nn.Module, output: Tensor) -> bool:
+        """Look at the class: only these have a classifier; others give features."""
+        return "ForImageClassification" in type(model).__name__
 
     def image_input(self, model: Any) -> ImageInput:
         """Read the image processor; without one, the family's usual statistics."""

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from manyheads.attention import AttentionSpec, Softmax
 from manyheads.errors import CheckpointError, ImageSizeError
@@ -125,6 +125,10 @@ class TorchvisionViT(Host):
         """Number the classes: the model does not remember its weights' names."""
         head = getattr(model.heads, "head", None)
         return tuple(map(str, range(head.out_features if head is not None else 0)))
+
+    def gives_scores(self, model: Any, output: Tensor) -> bool:
+        """Look for the classifier: without it the model gives features."""
+        return isinstance(getattr(model.heads, "head", None), nn.Linear)
 
     def describe(self, model: Any) -> dict[str, Any]:
         """Give the constructor's arguments, read off the model."""

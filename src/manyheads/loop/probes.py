@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from manyheads.errors import DataError
+from manyheads.errors import DataError, ManyheadsError, UnknownHost
+from manyheads.hosts import host_of, respond
 
-__all__ = ["Call", "Recorder", "broken_block", "like", "try_one"]
+__all__ = ["Call", "Recorder", "broken_block", "first", "like", "try_one"]
 
 
 class Call(NamedTuple):
@@ -48,13 +49,20 @@ class Recorder:
 
     def _note(self, path: str) -> Callable[..., None]:
         def note(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self.calls[path] = Call(args, kwargs, output)
+            self.calls[path] = Call(args, kwargs, first(output))
 
         return note
 
 
+def first(output: Any) -> Any:
+    """Give a block's tokens: what it returns, or the first of several."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def like(value: Any, model: nn.Module) -> Any:
-    """Bring a floating tensor to the type and device of a model's weights."""
+    """Bring floating tensors, in tuples too, to the type and device of the weights."""
+    if isinstance(value, tuple):
+        return tuple(like(part, model) for part in value)
     if isinstance(value, Tensor):
         weight = next(model.parameters())
         dtype = weight.dtype if value.is_floating_point() else value.dtype
@@ -63,16 +71,32 @@ def like(value: Any, model: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def try_one(model: nn.Module, images: Tensor, where: str) -> Tensor:
+def try_one(
+    model: nn.Module, images: Tensor, where: str, *, scored: bool = False
+) -> Tensor:
     """Run the model on one image, in evaluation mode, and give what it says.
 
+    Args:
+        model: A hosted model.
+        images: Its first one is shown.
+        where: Where they come from, for messages.
+        scored: Whether the answer must be scores of classes.
+
     Raises:
-        DataError: The model refuses the image, or answers with no [n, classes].
+        DataError: The model refuses the image, or gives no scores where it must.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:
-        output = model.eval()(like(images[:1], model))
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        output = respond(model.eval(), like(images[:1], model))
+    except UnknownHost:
+        raise
+    except (
+        ManyheadsError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AssertionError,
+    ) as error:
         raise DataError(
             asked=f"images from {where} for this {type(model).__name__}",
             found=f"it refuses an image {list(images.shape[1:])}: {error}",
@@ -81,12 +105,12 @@ def try_one(model: nn.Module, images: Tensor, where: str) -> Tensor:
     finally:
         for module, training in modes:
             module.training = training
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        found = list(output.shape) if isinstance(output, Tensor) else type(output)
+    if scored and not host_of(model).gives_scores(model, output):
         raise DataError(
             asked=f"scores [n, classes] of this {type(model).__name__}",
-            found=f"it gives {found}",
-            fix="Give a model with a classifier, or one that pools its features.",
+            found=f"it gives features {list(output.shape)}",
+            why="labels are compared with scores, one for each class",
+            fix="Give a model with a classifier; heal() does without one.",
         )
     return output
 
@@ -95,7 +119,7 @@ def try_one(model: nn.Module, images: Tensor, where: str) -> Tensor:
 def broken_block(model: nn.Module, images: Tensor, paths: Sequence[str]) -> str | None:
     """Name the first of these modules whose output is not finite, or None."""
     with Recorder(model, paths) as calls:
-        output = model(like(images, model))
+        output = respond(model, like(images, model))
     for number, path in enumerate(paths):
         call = calls.get(path)
         if call is not None and not call.output.isfinite().all():
