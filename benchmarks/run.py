@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import CASES, SMOKE, Case, CoreCase
+from benchmarks.cases import CASES, SMOKE
+from benchmarks.kinds import Case, CoreCase
 from benchmarks.measure import growth, measure
 from benchmarks.records import FORMAT, RESULTS, VERSION, write_record
 from benchmarks.render import render

@@ -14,19 +14,78 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from benchmarks.records import RESULTS, date, newest, read_records
+from benchmarks.records import FORMAT, RESULTS, date, newest, read_records
 from benchmarks.render import render
+from benchmarks.render.cells import Record
+
+__all__ = ["TABLES", "Table", "main", "of_cases", "of_kinds", "rewrite"]
 
 ROOT = Path(__file__).parents[1]
 
-# Which records a table shows: all of those whose case name begins like this.
-TABLES = {
-    "core": ("hydra_core_",),
-    "models": ("hydra_deit_",),
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """What stands between the comments of one name.
+
+    Attributes:
+        select: Picks the records to show out of all that there are.
+        render: Writes them; must say something where there are none.
+    """
+
+    select: Callable[[Sequence[Record]], list[Record]]
+    render: Callable[[Sequence[Record]], str] = render
+
+
+def of_cases(*prefixes: str) -> Table:
+    """Show the newest record of each machine and case whose name begins like this."""
+
+    def select(records: Sequence[Record]) -> list[Record]:
+        return newest(
+            [
+                record
+                for record in records
+                if record["format"] == FORMAT
+                and record["case"]["name"].startswith(prefixes)
+            ]
+        )
+
+    return Table(select=select)
+
+
+def of_kinds(*kinds: str) -> Table:
+    """Show the newest record of each machine and case of these kinds."""
+
+    def select(records: Sequence[Record]) -> list[Record]:
+        return newest(
+            [
+                record
+                for record in records
+                if record["format"] == FORMAT and record["kind"] in kinds
+            ]
+        )
+
+    return Table(select=select)
+
+
+def _newest_demo(records: Sequence[Record]) -> list[Record]:
+    demos = [r for r in records if r["format"] == "manyheads.demo"]
+    return sorted(demos, key=date)[-1:]
+
+
+# A new table is one more line; the name is what the comments say.
+TABLES: dict[str, Table] = {
+    "core": of_cases("hydra_core_"),
+    "demo": Table(select=_newest_demo),
+    "hallucinated": of_cases("hallucinated_"),
+    "interactive": of_cases("interactive_"),
+    "ivit": of_cases("ivit_"),
+    "models": of_cases("hydra_deit_"),
+    "peers": of_cases("peers_"),
+    "scaling": of_cases("scaling_"),
 }
 _BLOCK = re.compile(
     r"(?P<open><!-- table: (?P<name>\S+) -->\n).*?(?P<close><!-- /table -->)", re.DOTALL
@@ -56,7 +115,7 @@ def main(
         try:
             fresh = rewrite(text, records)
         except KeyError as error:
-            known = ", ".join(["demo", *TABLES])
+            known = ", ".join(sorted(TABLES))
             where = path.relative_to(root)
             print(f"{where}: no table {error}; there are {known}", file=sys.stderr)
             return 2
@@ -71,7 +130,7 @@ def main(
     return int(check and bool(stale))
 
 
-def rewrite(text: str, records: Sequence[dict[str, Any]]) -> str:
+def rewrite(text: str, records: Sequence[Record]) -> str:
     """Put fresh tables between the comments of a text.
 
     Raises:
@@ -79,20 +138,11 @@ def rewrite(text: str, records: Sequence[dict[str, Any]]) -> str:
     """
 
     def fresh(block: re.Match[str]) -> str:
-        table = render(select(block["name"], records))
-        return f"{block['open']}\n{table}\n\n{block['close']}"
+        table = TABLES[block["name"]]
+        shown = table.render(table.select(records))
+        return f"{block['open']}\n{shown}\n\n{block['close']}"
 
     return _BLOCK.sub(fresh, text)
-
-
-def select(name: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Choose the records that a table shows: the newest of each case and machine."""
-    if name == "demo":
-        demos = [r for r in records if r["format"] == "manyheads.demo"]
-        return sorted(demos, key=date)[-1:]
-    prefixes = TABLES[name]
-    cases = [r for r in records if r["format"] != "manyheads.demo"]
-    return newest([r for r in cases if r["case"]["name"].startswith(prefixes)])
 
 
 if __name__ == "__main__":

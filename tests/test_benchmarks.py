@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from benchmarks import run, tables
-from benchmarks.cases import CASES, SMOKE, Case, CoreCase
+from benchmarks.cases import CASES, SMOKE
+from benchmarks.kinds import Case, CoreCase
 from benchmarks.measure import COPY, GIVEN, growth
 from benchmarks.records import newest, read_records, write_record
 from benchmarks.render import render
@@ -188,8 +189,9 @@ def test_the_newest_record_of_each_case_and_machine_is_shown() -> None:
     old, new = _record(date="2026-10-01"), _record(date="2026-11-02")
     other = _record(name="hydra_core_d9", date="2025-01-01")
     assert newest([new, old, other]) == [new, other]
-    assert tables.select("core", [new, old, other]) == [new, other]
-    assert tables.select("models", [new, old, other]) == []
+    assert tables.TABLES["core"].select([new, old, other]) == [new, other]
+    assert tables.TABLES["models"].select([new, old, other]) == []
+    assert tables.of_kinds("core").select([new, old, other]) == [new, other]
 
 
 _DEMO: dict[str, Any] = {
@@ -261,7 +263,7 @@ def test_tables_are_written_once_and_then_up_to_date(
     assert tables.main([], root=tmp_path, results=results) == 0
     assert readme.read_text().startswith("Top\n\n<!-- table: demo -->\n\n| model |")
     assert readme.read_text().endswith("<!-- /table -->\n\nEnd\n")
-    assert "No result is recorded yet." in page.read_text()
+    assert "Not recorded yet." in page.read_text()
     assert tables.main(["--check"], root=tmp_path, results=results) == 0
 
 

@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import Case, CoreCase, Entry, LayerCase, ModelCase
+from benchmarks.kinds import Case, CoreCase, Entry, LayerCase, ModelCase
 from manyheads import Hydra, Softmax, convert, cost
 from manyheads.attention import AttentionSpec, Mechanism
 from manyheads.gauges.stopwatch import Spread, race, ratios, spread

@@ -1,0 +1,88 @@
+"""Cells, notes and tables in Markdown; what loses stays in and is marked with a !."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.records import date
+
+__all__ = [
+    "Record",
+    "Row",
+    "beside",
+    "marked",
+    "quartiles",
+    "shown_size",
+    "spread_of",
+    "state_conditions",
+    "state_machine",
+    "table",
+]
+
+Row = dict[str, Any]
+Record = dict[str, Any]
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Write a Markdown table, numbers to the right."""
+    rule = ["---" if "model" in cell or cell == "form" else "--:" for cell in head]
+    lines = [head, rule, *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def beside(row: Row, base: Row, key: str, unit: float) -> str:
+    """Show a value with its ratio to the base, marked where it is worse."""
+    value, first = row.get(key), base.get(key)
+    if value is None:
+        return "not measured"
+    scaled = value / unit
+    shown = f"{scaled:,.0f}" if scaled >= 1000 else f"{scaled:.4g}"
+    return f"{shown} ({marked(value / first)})" if first else shown
+
+
+def marked(ratio: float) -> str:
+    """Show a ratio of costs, marked where it is above one."""
+    shown = f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
+    return f"{shown} !" if round(ratio, 2) > 1 else shown
+
+
+def spread_of(found: dict[str, float]) -> str:
+    """Show a median with its quartiles."""
+    return f"{found['median']:.3g} [{found['lower']:.3g}-{found['upper']:.3g}]"
+
+
+def quartiles(found: dict[str, float]) -> str:
+    """Show the quartiles of a ratio."""
+    return f"[{found['lower']:.2f}-{found['upper']:.2f}]"
+
+
+def shown_size(row: Row) -> str:
+    """Show the size of the image and what it was padded to."""
+    asked, fed = row["image_size"], row.get("fed_size") or row["image_size"]
+    padded = f", padded to {fed[0]}x{fed[1]}" if list(fed) != list(asked) else ""
+    return f"{asked[0]}x{asked[1]}{padded}"
+
+
+def state_conditions(record: Record) -> str:
+    """Say in a sentence or two how the rows of a record were measured."""
+    counts = [row["rounds"] for row in record["rows"]]
+    fewest, most = min(counts), max(counts)
+    rounds = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    machine = record["conditions"]
+    return (
+        f"Random weights, {machine['dtype']}, {rounds} rounds, interleaved; ratios are "
+        f"taken within rounds, below 1 is cheaper, ! marks worse. "
+        f"{state_machine(machine)}"
+    )
+
+
+def state_machine(machine: dict[str, Any]) -> str:
+    """Name the machine, torch and the date."""
+    facts = [
+        str(machine.get("device_name") or ""),
+        f"{machine['threads']} threads" if machine.get("threads") else "",
+        f"torch {machine['torch']}" if machine.get("torch") else "",
+        date({"conditions": machine})[:10],
+    ]
+    return ", ".join(fact for fact in facts if fact) + "."
