@@ -8,10 +8,10 @@ WHEEL := build/wheel
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs wheel smoke unit bench clean
+.PHONY: help demo test lint docs wheel smoke unit bench bench-all clean
 
 help:  ## Show these lines
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
 
 # Threads that wait by spinning slow small models down eightfold on a shared machine.
 demo: $(STAMP)  ## The main job end to end on handwritten digits; writes runs/demo
@@ -44,8 +44,11 @@ smoke: $(STAMP)  ## Run every benchmark case once, tiny; check the generated tab
 unit: $(STAMP)  ## The tests alone
 	$(RUN) OMP_NUM_THREADS=1 pytest -n 2
 
-bench: $(STAMP)  ## Measure for real and record it in benchmarks/results
+bench: $(STAMP)  ## Measure the quick set and record it in benchmarks/results; ten minutes
 	$(RUN) python -m benchmarks.run
+
+bench-all: $(STAMP)  ## Measure every case that is not recorded at this commit yet
+	$(RUN) python -m benchmarks.run --all --resume
 
 clean:  ## Remove what was built, and .venv; recorded results stay
 	rm -rf $(VENV) build dist site runs .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

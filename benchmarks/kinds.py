@@ -1,12 +1,13 @@
 """What a case says: one frozen dataclass for each kind of measurement.
 
-======  ==================================================================
-kind    what is timed
-======  ==================================================================
-core    mechanisms on projected tokens, beside a plain copy of as many bytes
-layer   an attention layer or a whole block of a timm model, with projections
-model   whole timm models, with parameters, FLOPs and peak memory
-======  ==================================================================
+=======  =================================================================
+kind     what is timed
+=======  =================================================================
+core     mechanisms on projected tokens, beside a plain copy and a matmul
+layer    an attention layer or a whole block of a timm model
+model    whole timm models, with parameters, FLOPs and peak memory
+scaling  one model from small to very large images, each in its own process
+=======  =================================================================
 
 Weights are random everywhere: they enter neither time nor memory.
 """
@@ -16,10 +17,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from benchmarks.targets import Target
 from manyheads import Recipe
 from manyheads.attention import AttentionSpec
 
-__all__ = ["Case", "CoreCase", "DType", "Entry", "LayerCase", "ModelCase"]
+__all__ = [
+    "COPY",
+    "GIVEN",
+    "Case",
+    "CoreCase",
+    "DType",
+    "Entry",
+    "LayerCase",
+    "ModelCase",
+    "ScalingCase",
+    "kind_of",
+]
+
+# Two rows that every core case with Hydra has: the bound, and Hydra without the cost
+# of fresh memory.
+COPY, GIVEN = "copy", "Hydra(), output given"
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -32,8 +49,11 @@ class Case:
         name: Names the record; lower case, digits and underscores.
         gate: Test files that must pass before any time is shown.
         rounds: Turns of each contestant.
-        budget_s: Seconds after which no round begins, once there are three.
+        budget_s: Seconds for all rounds of the case. What one race leaves, the later
+            ones have; three rounds are always run, memory comes on top.
         dtype: Type of weights and activations.
+        extra: Whether only `--all` runs it, because it takes long.
+        targets: What the numbers should reach.
     """
 
     name: str
@@ -41,6 +61,8 @@ class Case:
     rounds: int = 30
     budget_s: float = 60.0
     dtype: DType = "float32"
+    extra: bool = False
+    targets: tuple[Target, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +78,10 @@ class CoreCase(Case):
         dim: Width ``D`` of the mixed tokens.
         num_heads: Heads ``H``.
         num_tokens: Token counts ``N``.
+        with_maps: Mechanisms to time in their slow form too, which builds the maps.
+        peers: Other people's forms of Hydra, by their names in `benchmarks.peers`.
+        compiled: Whether every mechanism and peer is timed compiled as well.
+        memory: Token counts at which peak memory is measured, a process for each.
         prefix: Prefix tokens among them; the rest is laid out as a grid.
         batch_size: Images at a time.
         working_set_mib: Bytes through which the inputs rotate.
@@ -65,6 +91,10 @@ class CoreCase(Case):
     dim: int
     num_heads: int
     num_tokens: tuple[int, ...]
+    with_maps: tuple[AttentionSpec, ...] = ()
+    peers: tuple[str, ...] = ()
+    compiled: bool = False
+    memory: tuple[int, ...] = ()
     prefix: int = 0
     batch_size: int = 1
     working_set_mib: int = 512
@@ -79,11 +109,16 @@ class Entry:
         recipe: What its blocks become; None leaves the model as timm built it.
         architecture: Another timm model than the case's, for comparisons between
             backbones.
+        with_maps: Whether its mechanisms run in their slow form, which builds maps.
+        peer: Another package's layer in place of the attention, by its name in
+            `benchmarks.peers`; attention layers only.
     """
 
     label: str
     recipe: Recipe | None = None
     architecture: str | None = None
+    with_maps: bool = False
+    peer: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +131,8 @@ class LayerCase(Case):
         part: The attention layer with its projections, or the whole block.
         grids: Rows and columns of patch tokens; prefix tokens of the model are added.
         batch_sizes: Images at a time.
+        memory: Whether to measure peak memory at the first batch size, in a process
+            for each entry; not where the layers are compiled.
         compiled: Whether torch.compile goes first; its time is recorded beside.
     """
 
@@ -104,6 +141,7 @@ class LayerCase(Case):
     part: Literal["attention", "block"]
     grids: tuple[tuple[int, int], ...]
     batch_sizes: tuple[int, ...] = (1, 8)
+    memory: bool = False
     compiled: bool = False
 
 
@@ -111,14 +149,13 @@ class LayerCase(Case):
 class ModelCase(Case):
     """Whole models on random images; the first entry is the base.
 
-    Eager models go through `manyheads.bench`, whose own limit of time holds.
-
     Attributes:
         architecture: Registered name.
         entries: What is done to it.
         inputs: Height, width and batch size of each measurement.
-        memory: Whether to measure peak memory, in a process for each.
-        compiled: Whether torch.compile goes first; memory is not measured then.
+        memory: Whether to measure peak memory, in a process for each; not where the
+            models are compiled.
+        compiled: Whether torch.compile goes first; its time is recorded beside.
     """
 
     architecture: str
@@ -126,3 +163,30 @@ class ModelCase(Case):
     inputs: tuple[tuple[int, int, int], ...]
     memory: bool = True
     compiled: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingCase(Case):
+    """One image at a time, from small to very large; no form meets another.
+
+    Attributes:
+        architecture: Registered name.
+        entries: What is done to it.
+        sizes: Heights and widths.
+        most_tokens: Labels of entries that stop at so many tokens; those above are
+            told as rows without numbers.
+        limit_mib: Memory a process may take; one that wants more is told so.
+        limit_s: Seconds a process may take.
+    """
+
+    architecture: str
+    entries: tuple[Entry, ...]
+    sizes: tuple[tuple[int, int], ...]
+    most_tokens: tuple[tuple[str, int], ...] = ()
+    limit_mib: int = 8192
+    limit_s: float = 600.0
+
+
+def kind_of(case: Case) -> str:
+    """Name the kind of a case as records do."""
+    return type(case).__name__.removesuffix("Case").lower()

@@ -9,7 +9,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FORMAT", "RESULTS", "VERSION", "newest", "read_records", "write_record"]
+__all__ = [
+    "FORMAT",
+    "RESULTS",
+    "VERSION",
+    "hardware",
+    "is_again",
+    "newest",
+    "read_records",
+    "write_record",
+]
 
 RESULTS = Path(__file__).parent / "results"
 FORMAT, VERSION = "manyheads.benchmark", 1
@@ -59,6 +68,24 @@ def newest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for record in sorted(records, key=date):
         latest[record["case"]["name"], hardware(record)] = record
     return [latest[key] for key in sorted(latest)]
+
+
+def is_again(old: dict[str, Any], case: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Say whether measuring a case would only repeat a record.
+
+    It would if the case is the same, the machine, its threads and torch are, and the
+    code is: the same commit, with nothing changed since.
+
+    Args:
+        old: The record.
+        case: The case as a record tells it.
+        here: The conditions now.
+    """
+    if old["format"] != FORMAT or not here["git"] or " " in here["git"]:
+        return False
+    there = old["conditions"]
+    same = ("git", "device_name", "threads", "torch", "dtype")
+    return old["case"] == case and all(there.get(k) == here[k] for k in same)
 
 
 def date(record: dict[str, Any]) -> str:

@@ -1,8 +1,10 @@
 """Runs cases and records them: tests first, then times.
 
-python -m benchmarks.run                            every case, for the record
-python -m benchmarks.run --case hydra_core_d768     one of them
-python -m benchmarks.run --smoke                    seconds; shows only that it runs
+python -m benchmarks.run                            the quick set, under ten minutes
+python -m benchmarks.run --all --resume             every case not recorded here yet
+python -m benchmarks.run --case hydra_core_d768     one of them; may be repeated
+python -m benchmarks.run --list                     names and seconds of budget
+python -m benchmarks.run --smoke                    tiny; shows only that it runs
 """
 
 from __future__ import annotations
@@ -11,17 +13,34 @@ import argparse
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from benchmarks.cases import CASES, SMOKE
-from benchmarks.kinds import Case, CoreCase
-from benchmarks.measure import growth, measure
-from benchmarks.records import FORMAT, RESULTS, VERSION, write_record
+from benchmarks.kinds import Case, kind_of
+from benchmarks.measure import fit, measure
+from benchmarks.records import (
+    FORMAT,
+    RESULTS,
+    VERSION,
+    is_again,
+    read_records,
+    write_record,
+)
 from benchmarks.render import render
 from manyheads.gauges.machine import conditions
 
@@ -37,21 +56,89 @@ def main(
     threads = options.threads or (1 if options.smoke else None)
     if threads is not None:
         torch.set_num_threads(threads)
+    chosen = _chosen(options, cases)
+    if options.list:
+        print(_listed(chosen))
+        return 0
     device = torch.device(options.device)
-    chosen = SMOKE if options.smoke else [c for c in cases if _wanted(c, options.case)]
-    for case in chosen:
-        if options.smoke:
-            print(f"{case.name}: a smoke run; no tests before it, no meaning in it")
-        elif not _passes(case):
-            print(f"{case.name}: its tests fail, so no time is taken", file=sys.stderr)
-            return 1
-        record = _record(case, device)
-        with tempfile.TemporaryDirectory() as scratch:
-            default = scratch if options.smoke else RESULTS
-            path = write_record(record, Path(options.out or default))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(options.out or (scratch if options.smoke else RESULTS))
+        if options.resume:
+            chosen = [c for c in chosen if not _is_recorded(c, device, folder)]
+        return _run(chosen, device, folder, gate=None if options.smoke else Gate())
+
+
+def _run(
+    cases: Sequence[Case], device: torch.device, folder: Path, *, gate: Gate | None
+) -> int:
+    """Measure and record one case after the other; 1 if one could not be."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        # Tables go to the output, the bar to the error stream.
+        redirect_stdout=False,
+    )
+    failed = []
+    with bar:
+        whole = bar.add_task("Cases", total=len(cases))
+        part = bar.add_task("", total=None)
+        for case in cases:
+            if gate is None:
+                print(f"{case.name}: a smoke run; no tests before it, no meaning in it")
+            else:
+                bar.update(part, description=f"{case.name}: its tests", total=None)
+                if not gate.passes(case):
+                    told = f"{case.name}: its tests fail, so no time is taken"
+                    print(told, file=sys.stderr)
+                    failed.append(case.name)
+                    continue
+
+            def watch(what: str, done: int, rounds: int, name: str = case.name) -> None:
+                told = f"{name}: {what}"
+                bar.update(part, description=told, completed=done, total=rounds)
+
+            started = time.perf_counter()
+            try:
+                record = _record(case, device, watch)
+            except Exception:
+                # A long run loses one case and not those that come after it.
+                traceback.print_exc()
+                failed.append(case.name)
+                continue
+            record["wall_s"] = round(time.perf_counter() - started, 1)
+            path = write_record(record, folder)
             print(render([record]))
-            print(f"\nrecorded as {path.name}\n")
-    return 0
+            print(f"\nrecorded as {path.name} after {record['wall_s']:.0f} s\n")
+            bar.advance(whole)
+    if failed:
+        print(f"not recorded: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+class Gate:
+    """Runs the tests of cases; a test file that was green once is not run again."""
+
+    def __init__(self) -> None:
+        self.green: set[str] = set()
+
+    def passes(self, case: Case) -> bool:
+        """Run the case's tests; no speed-up is reported on a red gate."""
+        asked = [path for path in case.gate if path not in self.green]
+        if not asked:
+            return True
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [*command, *asked], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            print(done.stdout[-4000:], done.stderr[-2000:], file=sys.stderr)
+            return False
+        self.green.update(asked)
+        return True
 
 
 def _parser(cases: Sequence[Case]) -> argparse.ArgumentParser:
@@ -60,11 +147,17 @@ def _parser(cases: Sequence[Case]) -> argparse.ArgumentParser:
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     names = [case.name for case in cases]
-    parser.add_argument(
-        "--case", action="append", choices=names, help="may be repeated"
-    )
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--case", action="append", choices=names, help="may be repeated")
+    which.add_argument("--all", action="store_true", help="the long cases too")
+    which.add_argument(
         "--smoke", action="store_true", help="one tiny case of each kind"
+    )
+    parser.add_argument("--list", action="store_true", help="say what would run")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="skip what this machine has recorded at this commit, if all is committed",
     )
     parser.add_argument("--out", help="folder of the records; benchmarks/results")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -72,38 +165,50 @@ def _parser(cases: Sequence[Case]) -> argparse.ArgumentParser:
     return parser
 
 
-def _wanted(case: Case, names: Sequence[str] | None) -> bool:
-    return names is None or case.name in names
+def _chosen(options: argparse.Namespace, cases: Sequence[Case]) -> list[Case]:
+    if options.smoke:
+        return list(SMOKE)
+    if options.case:
+        return [case for case in cases if case.name in options.case]
+    return [case for case in cases if options.all or not case.extra]
 
 
-def _passes(case: Case) -> bool:
-    """Run the case's tests; no speed-up is reported on a red gate."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, *case.gate], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        print(done.stdout[-4000:], done.stderr[-2000:], file=sys.stderr)
-    return done.returncode == 0
+def _listed(cases: Sequence[Case]) -> str:
+    lines = [f"{case.name:40} {case.budget_s:5.0f} s" for case in cases]
+    total = sum(case.budget_s for case in cases)
+    lines.append(f"{'in all, without tests and memory':40} {total:5.0f} s")
+    return "\n".join(lines)
 
 
-def _record(case: Case, device: torch.device) -> dict[str, Any]:
+def _is_recorded(case: Case, device: torch.device, folder: Path) -> bool:
+    here = conditions(device, getattr(torch, case.dtype))
+    told = _as_json(case)
+    return any(is_again(old, told, here) for old in read_records(folder))
+
+
+def _record(case: Case, device: torch.device, watch: Any) -> dict[str, Any]:
     where = conditions(device, getattr(torch, case.dtype)) | {"weights": "random"}
-    rows = measure(case, device)
+    rows = measure(case, device, watch)
     record = {
         "format": FORMAT,
         "version": VERSION,
-        "kind": type(case).__name__.removesuffix("Case").lower(),
-        "case": {f.name: _as_json(getattr(case, f.name)) for f in fields(case)},
+        "kind": kind_of(case),
+        "case": _as_json(case),
         "rows": rows,
         "conditions": where,
     }
-    return record | ({"growth": growth(rows)} if isinstance(case, CoreCase) else {})
+    return record | fit(rows)
 
 
-def _as_json(value: object) -> object:
+def _as_json(case: Case) -> dict[str, object]:
+    # Targets may move later; a record holds what was measured, not what was hoped for.
+    named = {f.name: getattr(case, f.name) for f in fields(case) if f.name != "targets"}
+    return {name: _plain(value) for name, value in named.items()}
+
+
+def _plain(value: object) -> object:
     if isinstance(value, tuple):
-        return [_as_json(item) for item in value]
+        return [_plain(item) for item in value]
     plain = value is None or isinstance(value, str | int | float)
     return value if plain else repr(value)
 

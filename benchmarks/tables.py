@@ -18,9 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.cases import targets_of
 from benchmarks.records import FORMAT, RESULTS, date, newest, read_records
 from benchmarks.render import render
 from benchmarks.render.cells import Record
+from benchmarks.render.targets import render_all_targets
 
 __all__ = ["TABLES", "Table", "main", "of_cases", "of_kinds", "rewrite"]
 
@@ -76,16 +78,24 @@ def _newest_demo(records: Sequence[Record]) -> list[Record]:
     return sorted(demos, key=date)[-1:]
 
 
+def _with_targets(records: Sequence[Record]) -> list[Record]:
+    cases = newest([r for r in records if r["format"] == FORMAT])
+    return [record for record in cases if targets_of(record["case"]["name"])]
+
+
 # A new table is one more line; the name is what the comments say.
 TABLES: dict[str, Table] = {
+    "blocks": of_cases("hallucinated_block_"),
+    "compact": of_cases("hallucinated_deit_"),
     "core": of_cases("hydra_core_"),
     "demo": Table(select=_newest_demo),
-    "hallucinated": of_cases("hallucinated_"),
+    "hallucinated": of_cases("hallucinated_core_", "hallucinated_attention_"),
     "interactive": of_cases("interactive_"),
     "ivit": of_cases("ivit_"),
     "models": of_cases("hydra_deit_"),
     "peers": of_cases("peers_"),
     "scaling": of_cases("scaling_"),
+    "targets": Table(select=_with_targets, render=render_all_targets),
 }
 _BLOCK = re.compile(
     r"(?P<open><!-- table: (?P<name>\S+) -->\n).*?(?P<close><!-- /table -->)", re.DOTALL

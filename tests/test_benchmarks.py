@@ -14,12 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import run, tables
+import torch
+from benchmarks import run
 from benchmarks.cases import CASES, SMOKE
-from benchmarks.kinds import Case, CoreCase
-from benchmarks.measure import COPY, GIVEN, growth
-from benchmarks.records import newest, read_records, write_record
-from benchmarks.render import render
+from benchmarks.kinds import COPY, GIVEN, Case, CoreCase, LayerCase
+from benchmarks.measure import fit, growth, measure
+from benchmarks.peers import LAYERS, TextbookHydra, make_layer
+from benchmarks.records import is_again, read_records, write_record
+from benchmarks.render import RENDERERS, render
+
+from manyheads import Hydra
+from manyheads.attention.hydra import hydra_attention
+from tests.benchmark_records import core_record
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,61 +46,47 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _record(
-    name: str = "hydra_core_d8", date: str = "2026-11-03", **changes: Any
-) -> Any:
-    record = {
-        "format": "manyheads.benchmark",
-        "version": 1,
-        "kind": "core",
-        "case": {"name": name, "dim": 8, "num_heads": 2, "batch_size": 1},
-        "rows": [
-            _core_row("Softmax()", None, 1.0),
-            _core_row(COPY, 1.0, None),
-            _core_row("Hydra()", 0.5, 1.25),
-            _core_row(GIVEN, 0.75, None),
-        ],
-        "growth": {"Hydra()": 1.3, COPY: 1.0},
-        "conditions": {
-            "date": date,
-            "device": "cpu",
-            "device_name": "A (R) Chip",
-            "threads": 2,
-            "dtype": "float32",
-            "torch": "2.15",
-        },
-    }
-    return record | changes
-
-
-def _core_row(form: str, share: float | None, to_softmax: float | None) -> Any:
-    def around(value: float | None) -> Any:
-        return value and {"median": value, "lower": value, "upper": value}
-
-    return {
-        "form": form,
-        "num_tokens": 1024,
-        "rounds": 30,
-        "ms": around(2.0),
-        "share_of_copy_rate": around(share),
-        "to_softmax": around(to_softmax),
-        "page_faults": 5000 if form == "Hydra()" else 0,
-    }
-
-
 def test_a_smoke_run_records_one_case_of_each_kind(smoke: Path) -> None:
     records = {record["kind"]: record for record in read_records(smoke)}
-    assert set(records) == {"core", "layer", "model"}
+    assert set(records) == {"core", "layer", "model", "scaling"} == _kinds_of_cases()
     for record in records.values():
         assert record["conditions"]["weights"] == "random"
         assert record["conditions"]["threads"] == 1
+        assert record["wall_s"] > 0
         assert str(ROOT) not in json.dumps(record)
         assert render([record]).startswith("|")
-    forms = {row["form"] for row in records["core"]["rows"]}
-    assert forms == {"Softmax()", COPY, "Hydra()", GIVEN}
+    forms = {row["form"]: row for row in records["core"]["rows"]}
+    known = {"Softmax()", COPY, "Hydra()", GIVEN, "text-book Hydra"}
+    assert set(forms) == known | {"Hydra() with maps"}
+    for form in known - {COPY, GIVEN}:
+        assert forms[form]["share_of_matmul_rate"]["median"] > 0
+    shown = render([records["core"]])
+    assert "missed !: copy rate of Hydra()" in shown
+    labels = [row["form"] for row in records["layer"]["rows"]]
+    assert labels == [
+        "softmax",
+        "softmax again",
+        "hallucinated",
+        "with maps",
+        "text-book Hydra",
+    ]
     names = [row["name"] for row in records["model"]["rows"]]
     assert names == ["softmax", "Hydra in all blocks"]
+    assert all(row["peak_mib"] > 0 for row in records["model"]["rows"])
     assert "padded to 48x64" in render([records["model"]])
+
+
+def test_what_is_not_tried_stays_in_the_table_with_its_reason(smoke: Path) -> None:
+    record = next(r for r in read_records(smoke) if r["kind"] == "scaling")
+    stopped, done = record["rows"]
+    assert stopped["problem"] == "not tried above 5 tokens"
+    assert "| softmax: not tried above 5 tokens |" in render([record])
+    assert done["peak_mib"] > done["extra_mib"] >= 0
+    assert done["us_per_token"] == pytest.approx(1e3 * done["ms"]["median"] / 13)
+
+
+def _kinds_of_cases() -> set[str]:
+    return {kind for kind in RENDERERS if kind in map(run.kind_of, CASES)}
 
 
 def test_record_names_carry_case_hardware_and_month(smoke: Path) -> None:
@@ -103,10 +95,10 @@ def test_record_names_carry_case_hardware_and_month(smoke: Path) -> None:
 
 
 def test_no_record_is_ever_overwritten(tmp_path: Path) -> None:
-    first = write_record(_record(), tmp_path)
+    first = write_record(core_record(), tmp_path)
     before = first.read_bytes()
-    second = write_record(_record(growth={}), tmp_path)
-    third = write_record(_record(), tmp_path)
+    second = write_record(core_record(growth={}), tmp_path)
+    third = write_record(core_record(), tmp_path)
     assert first.read_bytes() == before
     stem = "hydra_core_d8_a-chip-2-threads_202611"
     assert [first.name, second.name, third.name] == [
@@ -119,24 +111,72 @@ def test_no_record_is_ever_overwritten(tmp_path: Path) -> None:
 
 def test_a_record_that_is_no_json_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nan"):
-        write_record(_record(growth={"Hydra()": float("nan")}), tmp_path)
+        write_record(core_record(growth={"Hydra()": float("nan")}), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_red_tests_take_no_time(
+def test_red_tests_take_no_time_and_stop_no_other_case(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    red = tmp_path / "test_red.py"
+    red, green = tmp_path / "test_red.py", tmp_path / "test_green.py"
     red.write_text("def test_red():\n    assert 1 == 2\n", encoding="utf-8")
-    case: Case = replace(SMOKE[0], name="red_case", gate=(str(red),))
+    green.write_text("def test_green():\n    pass\n", encoding="utf-8")
+    cases: list[Case] = [
+        replace(SMOKE[0], name="red_case", gate=(str(red),)),
+        replace(SMOKE[0], name="green_case", gate=(str(green),), peers=()),
+    ]
     out = tmp_path / "results"
-    code = run.main(["--case", "red_case", "--out", str(out)], cases=[case])
-    assert code == 1
-    assert not out.exists()
+    assert run.main(["--out", str(out)], cases=cases) == 1
+    assert [record["case"]["name"] for record in read_records(out)] == ["green_case"]
     told = capsys.readouterr()
-    assert told.out == ""
-    assert "red_case: its tests fail" in told.err
+    assert "red_case" not in told.out
+    assert "red_case: its tests fail, so no time is taken" in told.err
     assert "assert 1 == 2" in told.err
+    assert "not recorded: red_case" in told.err
+
+
+def test_a_green_test_file_runs_once_in_a_run(tmp_path: Path) -> None:
+    counted, test = tmp_path / "count", tmp_path / "test_counted.py"
+    test.write_text(
+        f"def test_counted():\n    open({str(counted)!r}, 'a').write('x')\n",
+        encoding="utf-8",
+    )
+    case = replace(SMOKE[0], gate=(str(test),))
+    gate = run.Gate()
+    assert gate.passes(case)
+    assert gate.passes(replace(case, name="another"))
+    assert counted.read_text(encoding="utf-8") == "x"
+
+
+def test_only_the_same_case_machine_and_code_are_skipped() -> None:
+    old = core_record()
+    old["conditions"]["git"] = "0" * 40
+    here = dict(old["conditions"])
+    case = dict(old["case"])
+    assert is_again(old, case, here)
+    assert not is_again(old, case | {"dim": 16}, here)
+    for key, other in (("git", "1" * 40), ("threads", 4), ("torch", "2.16")):
+        assert not is_again(old, case, here | {key: other})
+    changed = f"{'0' * 40} with local changes"
+    old["conditions"]["git"] = changed
+    assert not is_again(old, case, here | {"git": changed})
+    assert not is_again(old, case, here | {"git": None})
+
+
+def test_the_quick_set_leaves_room_for_tests_and_memory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    quick = [case for case in CASES if not case.extra]
+    # Ten minutes in all; some 150 s go into gates, 150 s into memory and warming up.
+    assert sum(case.budget_s for case in quick) <= 300
+    assert {run.kind_of(case) for case in quick} == {"core", "layer", "model"}
+    assert run.main(["--list"]) == 0
+    told = capsys.readouterr().out
+    assert all(case.name in told for case in quick)
+    assert "scaling_deit_small" not in told
+    assert run.main(["--list", "--all"]) == 0
+    told = capsys.readouterr().out
+    assert all(case.name in told for case in CASES)
 
 
 def test_an_unknown_case_is_refused_with_the_known_ones(
@@ -175,103 +215,58 @@ def test_growth_is_the_slope_from_1024_tokens_up() -> None:
     assert growth(rows[:1]) == {}
 
 
-def test_losing_cells_stay_in_and_are_marked() -> None:
-    table = render([_record()])
-    hydra = next(line for line in table.splitlines() if "| Hydra() |" in line)
-    assert "| 1.25 ! | 0.8 | 0.50 |" in hydra
-    assert "Hydra() 1.30 !" in table
-    assert "copy 1.00," in table or "copy 1.00." in table
-    assert "Hydra() at N = 1,024 (5,000)" in table
-    assert "A (R) Chip, 2 threads, torch 2.15, 2026-11-03" in table
-
-
-def test_the_newest_record_of_each_case_and_machine_is_shown() -> None:
-    old, new = _record(date="2026-10-01"), _record(date="2026-11-02")
-    other = _record(name="hydra_core_d9", date="2025-01-01")
-    assert newest([new, old, other]) == [new, other]
-    assert tables.TABLES["core"].select([new, old, other]) == [new, other]
-    assert tables.TABLES["models"].select([new, old, other]) == []
-    assert tables.of_kinds("core").select([new, old, other]) == [new, other]
-
-
-_DEMO: dict[str, Any] = {
-    "format": "manyheads.demo",
-    "version": 1,
-    "rows": [
+def test_growth_is_fitted_to_each_batch_size_and_to_memory() -> None:
+    rows: list[dict[str, Any]] = [
         {
-            "model": "softmax",
-            "accuracy_before": 0.9,
-            "accuracy_swapped": None,
-            "accuracy_healed": None,
-            "parameters": 2_000_000,
-            "flops": 4_000_000,
-            "latency_ms": 10.0,
-            "peak_mib": 100.0,
-        },
-        {
-            "model": "Hydra",
-            "accuracy_before": 0.9,
-            "accuracy_swapped": 0.1,
-            "accuracy_healed": 0.81,
-            "parameters": 2_000_000,
-            "flops": 3_000_000,
-            "latency_ms": 12.0,
-            "peak_mib": None,
-        },
-    ],
-    "large": [
-        {
-            "model": name,
-            "image_size": [1080, 1920],
-            "parameters": 22_000_000,
-            "flops": flops,
-            "latency_ms": latency,
-            "peak_mib": 1000.0,
+            "form": "x",
+            "num_tokens": n,
+            "batch_size": batch,
+            "ms": {"median": float(n**batch)},
+            "extra_mib": 2.0 * n if batch == 1 else None,
         }
-        for name, flops, latency in (("DeiT-S", 8e11, 900.0), ("Hydra", 2e11, 225.0))
-    ],
-    "conditions": {"data": "digits", "machine": {"date": "2026-11-05", "threads": 2}},
-}
+        for n in (1025, 4097)
+        for batch in (1, 2)
+    ]
+    assert fit(rows) == {
+        "growth": {"x": pytest.approx(1.0), "x, batch 2": pytest.approx(2.0)},
+        "memory_growth": {"x": pytest.approx(1.0)},
+    }
+    assert fit([{"name": "a model"}]) == {}
 
 
-def test_the_demo_s_ratios_are_to_its_first_row() -> None:
-    table = render([_DEMO])
-    assert (
-        "| Hydra | 90.0 % (1.00) | 10.0 % (0.11 !) | 81.0 % (0.90 !) | 2 (1.00) "
-        "| 3 (0.75) | 12 (1.20 !) | not measured |"
-    ) in table
-    assert "| 1080x1920 | Hydra | 22 (1.00) | 200,000 (0.25) | 225 (0.25)" in table
-    assert "digits. 2 threads, 2026-11-05." in table
+@pytest.mark.parametrize("name", LAYERS)
+def test_peers_take_the_tokens_that_ours_take(name: str) -> None:
+    x = torch.randn(2, 17, 24)
+    assert make_layer(name, x, 2)(x).shape == x.shape
 
 
-def test_tables_are_written_once_and_then_up_to_date(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    results = tmp_path / "results"
-    write_record(_record(), results)
-    (results / "demo_a-chip_202611.json").write_text(json.dumps(_DEMO))
-    readme, page = tmp_path / "README.md", tmp_path / "docs" / "deep" / "page.md"
-    page.parent.mkdir(parents=True)
-    readme.write_text("Top\n\n<!-- table: demo -->\nold\n<!-- /table -->\n\nEnd\n")
-    page.write_text(
-        "<!-- table: core -->\n<!-- /table -->\n<!-- table: models -->\n"
-        "<!-- /table -->\n"
+def test_the_text_book_form_is_hydra() -> None:
+    layer = TextbookHydra(24).eval()
+    x = torch.randn(2, 17, 24)
+    q, k, v = layer.qkv(x).chunk(3, dim=-1)
+    mixed = layer.proj(hydra_attention(q, k, v))
+    torch.testing.assert_close(layer(x), mixed)
+
+
+def test_a_row_s_memory_and_work_come_with_it() -> None:
+    case = SMOKE[0]
+    assert isinstance(case, CoreCase)
+    small = replace(case, num_tokens=(64,), memory=(64,), specs=(Hydra(),), peers=())
+    rows = measure(replace(small, with_maps=()), torch.device("cpu"))
+    by_form = {row["form"]: row for row in rows}
+    softmax, hydra = by_form["Softmax()"], by_form["Hydra()"]
+    assert softmax["flops"] == 2 * 64 * 64 * 48
+    assert softmax["extra_mib"] >= 0
+    saved = 1 - hydra["flops"] / softmax["flops"]
+    kept = (1 - hydra["to_softmax"]["median"]) / saved
+    assert hydra["promise_kept"] == pytest.approx(kept)
+
+
+def test_compiled_layers_are_timed_after_compilation() -> None:
+    case = SMOKE[1]
+    assert isinstance(case, LayerCase)
+    rows = measure(
+        replace(case, compiled=True, entries=case.entries[:2]), torch.device("cpu")
     )
-    assert tables.main(["--check"], root=tmp_path, results=results) == 1
-    assert "README.md: stale" in capsys.readouterr().out
-    assert "old" in readme.read_text()
-    assert tables.main([], root=tmp_path, results=results) == 0
-    assert readme.read_text().startswith("Top\n\n<!-- table: demo -->\n\n| model |")
-    assert readme.read_text().endswith("<!-- /table -->\n\nEnd\n")
-    assert "Not recorded yet." in page.read_text()
-    assert tables.main(["--check"], root=tmp_path, results=results) == 0
-
-
-def test_a_table_without_a_name_we_know_is_an_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "README.md").write_text("<!-- table: corn -->\n<!-- /table -->\n")
-    assert tables.main([], root=tmp_path, results=tmp_path) == 2
-    told = capsys.readouterr().err
-    assert "'corn'" in told
-    assert "core" in told
+    assert [row["compiled"] for row in rows] == [True, True]
+    assert all(row["compile_s"] > 0 for row in rows)

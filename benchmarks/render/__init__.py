@@ -9,6 +9,8 @@ from benchmarks.render.core import render_core
 from benchmarks.render.demo import render_demo
 from benchmarks.render.layer import render_layer
 from benchmarks.render.model import render_models
+from benchmarks.render.scaling import render_scaling
+from benchmarks.render.targets import target_lines
 
 __all__ = ["RENDERERS", "render"]
 
@@ -17,15 +19,24 @@ RENDERERS: dict[str, Callable[[Record], str]] = {
     "core": render_core,
     "layer": render_layer,
     "model": render_models,
+    "scaling": render_scaling,
     "demo": render_demo,
 }
 
 
 def render(records: Sequence[Record]) -> str:
-    """Give the Markdown of some records, one table for each."""
+    """Give the Markdown of some records, one table for each, its targets below."""
     if not records:
         return "Not recorded yet."
-    return "\n\n".join(RENDERERS[_kind(record)](record) for record in records)
+    return "\n\n".join(
+        part
+        for record in records
+        for part in (RENDERERS[_kind(record)](record), *_targets(record))
+    )
+
+
+def _targets(record: Record) -> list[str]:
+    return target_lines(record) if "case" in record else []
 
 
 def _kind(record: Record) -> str:

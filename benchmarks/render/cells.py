@@ -8,11 +8,17 @@ from typing import Any
 from benchmarks.records import date
 
 __all__ = [
+    "COPY_RATE",
+    "NOTHING",
+    "RATES",
     "Record",
     "Row",
     "beside",
+    "compile_times",
+    "grown",
     "marked",
     "quartiles",
+    "share",
     "shown_size",
     "spread_of",
     "state_conditions",
@@ -20,25 +26,54 @@ __all__ = [
     "table",
 ]
 
+NOTHING = "-"
+# Titles of columns that hold words; a name of models is one wherever it stands.
+TEXTS = ("form", "case", "target", "bound", "where", "outcome", "cause of a miss")
+
+COPY_RATE = (
+    "Copy rate: bytes that must be moved over time, as a share of a plain copy's."
+)
+RATES = (
+    "Matmul rate: multiply-adds over time, as a share of a large matrix product's. "
+    "Of the promise: saved time over saved FLOPs."
+)
+_GROWTH_LIMIT = 1.1
+
 Row = dict[str, Any]
 Record = dict[str, Any]
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Write a Markdown table, numbers to the right."""
-    rule = ["---" if "model" in cell or cell == "form" else "--:" for cell in head]
-    lines = [head, rule, *body]
+    """Write a Markdown table, numbers to the right; empty columns are left out."""
+    rule = ["---" if _is_text(cell) else "--:" for cell in head]
+    told = [
+        place
+        for place, _ in enumerate(head)
+        if not body or any(row[place] != NOTHING for row in body)
+    ]
+    lines = [[line[place] for place in told] for line in (head, rule, *body)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _is_text(title: str) -> bool:
+    return "model" in title or title in TEXTS
 
 
 def beside(row: Row, base: Row, key: str, unit: float) -> str:
     """Show a value with its ratio to the base, marked where it is worse."""
     value, first = row.get(key), base.get(key)
     if value is None:
-        return "not measured"
+        return NOTHING
     scaled = value / unit
     shown = f"{scaled:,.0f}" if scaled >= 1000 else f"{scaled:.4g}"
     return f"{shown} ({marked(value / first)})" if first else shown
+
+
+def share(value: float | dict[str, float] | None) -> str:
+    """Show a share, or the median of one; what was not measured says nothing."""
+    if isinstance(value, dict):
+        value = value["median"]
+    return NOTHING if value is None else f"{value:.2f}"
 
 
 def marked(ratio: float) -> str:
@@ -66,7 +101,7 @@ def shown_size(row: Row) -> str:
 
 def state_conditions(record: Record) -> str:
     """Say in a sentence or two how the rows of a record were measured."""
-    counts = [row["rounds"] for row in record["rows"]]
+    counts = [row["rounds"] for row in record["rows"] if row["rounds"]] or [0]
     fewest, most = min(counts), max(counts)
     rounds = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     machine = record["conditions"]
@@ -75,6 +110,32 @@ def state_conditions(record: Record) -> str:
         f"taken within rounds, below 1 is cheaper, ! marks worse. "
         f"{state_machine(machine)}"
     )
+
+
+def grown(record: Record) -> list[str]:
+    """Say how time and memory grow with tokens, as far as that was fitted."""
+    notes = []
+    for what, key in (("Time", "growth"), ("Peak extra memory", "memory_growth")):
+        fits = ", ".join(
+            f"{form} {exponent:.2f}{' !' if exponent > _GROWTH_LIMIT else ''}"
+            for form, exponent in record.get(key, {}).items()
+        )
+        if fits:
+            notes.append(
+                f"{what} grows with N to the power of (from 1,024 up): {fits}."
+            )
+    return notes
+
+
+def compile_times(record: Record) -> list[str]:
+    """Say how long compiling took, where something was compiled."""
+    seconds = [row["compile_s"] for row in record["rows"] if row.get("compile_s")]
+    if not seconds:
+        return []
+    return [
+        f"Compiling took {min(seconds):.0f} to {max(seconds):.0f} s a form and size, "
+        "and is not part of the times."
+    ]
 
 
 def state_machine(machine: dict[str, Any]) -> str:

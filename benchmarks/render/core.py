@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.measure import COPY, GIVEN
+from benchmarks.kinds import COPY, GIVEN
 from benchmarks.render.cells import (
+    COPY_RATE,
+    NOTHING,
+    RATES,
     Record,
     Row,
+    compile_times,
+    grown,
     marked,
+    share,
     spread_of,
     state_conditions,
     table,
@@ -17,40 +23,44 @@ from manyheads import Softmax
 
 __all__ = ["render_core"]
 
-_GROWTH_LIMIT = 1.1
-
 
 def render_core(record: Record) -> str:
     """Show times beside softmax and beside a plain copy, then how they grow."""
     case, softmax = record["case"], repr(Softmax())
-    head = ("N", "form", "ms [quartiles]", "times softmax", "faster by", "copy rate")
+    head = (
+        "N",
+        "form",
+        "ms [quartiles]",
+        "times softmax",
+        "faster by",
+        "of the promise",
+        "copy rate",
+        "matmul rate",
+        "MiB running",
+    )
     body = []
     for row in record["rows"]:
-        to_softmax, share = row["to_softmax"], row["share_of_copy_rate"]
+        to_softmax = row["to_softmax"]
         quick = 1 / to_softmax["median"] if to_softmax else None
+        extra = row.get("extra_mib")
         body.append(
             (
                 f"{row['num_tokens']:,}",
                 row["form"],
                 spread_of(row["ms"]),
-                "-" if to_softmax is None else marked(to_softmax["median"]),
-                "-" if quick is None or row["form"] == softmax else f"{quick:.3g}",
-                "-" if share is None else f"{share['median']:.2f}",
+                NOTHING if to_softmax is None else marked(to_softmax["median"]),
+                NOTHING if quick is None or row["form"] == softmax else f"{quick:.3g}",
+                share(row.get("promise_kept")),
+                share(row["share_of_copy_rate"]),
+                share(row.get("share_of_matmul_rate")),
+                NOTHING if extra is None else f"{extra:,.1f}",
             )
         )
-    fits = ", ".join(
-        f"{form} {exponent:.2f}{' !' if exponent > _GROWTH_LIMIT else ''}"
-        for form, exponent in record["growth"].items()
-    )
     notes = [
         f"D = {case['dim']}, H = {case['num_heads']}, batch {case['batch_size']}. "
-        f"Copy rate: share of the speed of a plain copy of as many bytes. "
-        f"{state_conditions(record)}",
-        *(
-            [f"Time grows with N to the power of (from 1,024 up): {fits}."]
-            if fits
-            else []
-        ),
+        f"{COPY_RATE} {RATES} {state_conditions(record)}",
+        *grown(record),
+        *compile_times(record),
         *_faults(record["rows"]),
     ]
     return table(head, body) + "".join(f"\n\n{note}" for note in notes)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Memory", "measure_memory"]
+__all__ = ["Memory", "forget_peak", "measure_memory", "resident_bytes"]
 
 _JOB = "job.pt"
 _MIB = 2**20
@@ -107,20 +107,20 @@ def _probe(folder: str) -> dict[str, float] | str:
     del job
     gc.collect()
     on_gpu = images.device.type == "cuda"
-    read = _gpu_bytes if on_gpu else _resident_bytes
+    read = _gpu_bytes if on_gpu else resident_bytes
     loaded = read()
     if loaded is None:
         return "this system does not say how much memory a process holds"
-    _forget_peak(on_gpu)
+    forget_peak(on_gpu=on_gpu)
     with torch.inference_mode():
         for _ in range(2):
             feed(model, images)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else _resident_bytes("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resident_bytes("VmHWM")
     peak = max(loaded, peak or 0)
     return {"peak_mib": peak / _MIB, "extra_mib": (peak - loaded) / _MIB}
 
 
-def _resident_bytes(field: str = "VmRSS") -> int | None:
+def resident_bytes(field: str = "VmRSS") -> int | None:
     """Read the process's memory, or its peak since it was last forgotten.
 
     The kernel's own line is used because `getrusage` reports the peak of whatever
@@ -138,7 +138,7 @@ def _gpu_bytes() -> int:
     return torch.cuda.memory_allocated()
 
 
-def _forget_peak(on_gpu: bool) -> None:
+def forget_peak(*, on_gpu: bool) -> None:
     """Drop the peak that loading left behind."""
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
