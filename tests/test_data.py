@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from manyheads.data import digits, image_source
-from manyheads.data.pictures import list_pictures, read_picture
+from manyheads.data.folders import list_pictures
+from manyheads.data.pictures import read_picture
 from manyheads.errors import DataError, InvalidOption, MissingExtra
 from tests.helpers import tiny_vit
 

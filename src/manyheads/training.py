@@ -294,7 +294,7 @@ def _measure(
         batches = source.batches(
             range(len(source)), batch_size, num_workers=num_workers
         )
-        for images, labels in batches:
+        for images, labels, _ in batches:
             if not len(images):
                 continue
             scores = respond(model, like(images, model)).float()

@@ -1,9 +1,13 @@
-"""Image sources: a folder, a dataset, tensors, or the digits of scikit-learn."""
+"""Image sources: folders, tables, archives, the hub, tensors, or embedded digits."""
 
+from manyheads.data.augmentation import Augmentation
 from manyheads.data.bundled import Digits, digits
-from manyheads.data.source import Batch, Images, ImageSource, image_source, mix
+from manyheads.data.opening import Images, image_source
+from manyheads.data.seeds import mix
+from manyheads.data.source import Batch, ImageSource
 
 __all__ = [
+    "Augmentation",
     "Batch",
     "Digits",
     "ImageSource",

@@ -21,7 +21,11 @@ class Digits(NamedTuple):
 
 
 def digits(
-    *, image_size: int = 32, channels: int = 3, test_share: float = 0.25, seed: int = 0
+    *,
+    image_size: int | tuple[int, int] = 32,
+    channels: int = 3,
+    test_share: float = 0.25,
+    seed: int = 0,
 ) -> Digits:
     """Read the 1,797 handwritten digits that come with scikit-learn; real and offline.
 
@@ -33,10 +37,11 @@ def digits(
         MissingExtra: scikit-learn is not installed.
         InvalidOption: The size, the channels or the share is out of range.
     """
-    if image_size < 1 or channels < 1 or not 0 < test_share < 1:
+    size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    if min(size) < 1 or channels < 1 or not 0 < test_share < 1:
         raise InvalidOption(
-            asked=f"digits of {image_size} pixels, {channels} channels, a test share "
-            f"of {test_share}",
+            asked=f"digits of {size[0]}x{size[1]} pixels, {channels} channels, a test "
+            f"share of {test_share}",
             found="sizes are positive and a share lies between 0 and 1",
             fix="Use digits(image_size=32, channels=3, test_share=0.25).",
         )
@@ -51,7 +56,6 @@ def digits(
         ) from error
     bundle = load_digits()
     scans = torch.from_numpy(bundle.images).float()[:, None] / 16.0
-    size = (image_size, image_size)
     large = F.interpolate(scans, size=size, mode="bilinear", align_corners=False)
     images = (large * 2.0 - 1.0).expand(-1, channels, -1, -1).contiguous()
     labels = torch.from_numpy(bundle.target).long()

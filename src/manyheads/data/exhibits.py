@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from manyheads.data.folders import list_pictures
 from manyheads.data.photographs import prepare_files, sample_photographs
-from manyheads.data.pictures import list_pictures
 from manyheads.errors import DataError
 from manyheads.hosts import ImageInput
 

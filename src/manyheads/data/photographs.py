@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from manyheads.data.pictures import as_mode
+from manyheads.data.pictures import TooLarge, as_mode, read_picture
 from manyheads.errors import DataError, MissingExtra
 from manyheads.hosts import ImageInput
 
 __all__ = [
+    "frame",
+    "normalise",
     "open_photograph",
     "prepare",
     "prepare_files",
@@ -31,9 +32,6 @@ __all__ = [
     "sample_photographs",
 ]
 
-MAX_PIXELS = 100_000_000
-"""Largest picture that is decoded whole; JPEG files beyond it are read reduced."""
-_REDUCED_ABOVE = 16_000_000
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -62,20 +60,18 @@ def open_photograph(
         DataError: The file cannot be read, is no picture, is cut short or too large.
     """
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of large pictures; the limit here is an error instead.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                _bound(image, path, at_least)
-                image.load()
-                return as_mode(ImageOps.exif_transpose(image), channels)
-    except (MemoryError, DataError):
-        raise
-    # Decoders raise nearly anything on broken bytes: SyntaxError, struct.error, ...
-    except Exception as error:
+        return read_picture(path, channels, at_least=at_least)
+    except TooLarge as error:
         raise DataError(
             asked=f"reading the photograph {path}",
-            found=f"{type(error).__name__}: {error}",
+            found=str(error),
+            why="decoding it whole would take memory without bound",
+            fix="Scale it down first, or store it as JPEG, which is read reduced.",
+        ) from error
+    except OSError as error:
+        raise DataError(
+            asked=f"reading the photograph {path}",
+            found=str(error),
             fix="Give a picture file such as .jpg or .png that opens elsewhere.",
         ) from error
 
@@ -90,12 +86,23 @@ def prepare(
         wanted: The model's preprocessing.
         size: Height and width in pixels; None for the native size.
     """
+    return normalise(frame(image, wanted, size), wanted)
+
+
+def frame(
+    image: Image.Image, wanted: ImageInput, size: tuple[int, int] | None = None
+) -> Image.Image:
+    """Cut and scale a picture as the model's library does in evaluation."""
     height, width = size or wanted.size
     box = _crop_box(image.size, (height, width), wanted.crop)
     resample = _FILTERS.get(wanted.interpolation, Image.Resampling.BICUBIC)
-    ready = as_mode(image, wanted.channels).resize((width, height), resample, box=box)
-    pixels = np.asarray(ready, dtype=np.float32) / 255.0
-    values = torch.from_numpy(pixels.reshape(height, width, -1)).permute(2, 0, 1)
+    return as_mode(image, wanted.channels).resize((width, height), resample, box=box)
+
+
+def normalise(image: Image.Image, wanted: ImageInput) -> Float[Tensor, "C H W"]:
+    """Bring pixels to the mean and standard deviation that the model wants."""
+    pixels = np.asarray(image, dtype=np.float32) / 255.0
+    values = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
     mean, std = (torch.tensor(x)[:, None, None] for x in (wanted.mean, wanted.std))
     return ((values - mean) / std).contiguous()
 
@@ -147,20 +154,6 @@ def sample_photographs() -> tuple[Path, ...]:
         )
     folder = Path(found.origin).parent / "datasets" / "images"
     return folder / "china.jpg", folder / "flower.jpg"
-
-
-def _bound(image: Image.Image, path: str | Path, at_least: int) -> None:
-    """Have large JPEG files decoded reduced; refuse what stays too large."""
-    if image.width * image.height > _REDUCED_ABOVE and image.format == "JPEG":
-        image.draft(None, (2 * at_least, 2 * at_least))
-    if image.width * image.height > MAX_PIXELS:
-        raise DataError(
-            asked=f"reading the photograph {path}",
-            found=f"it has {image.width}x{image.height} pixels, more than "
-            f"{MAX_PIXELS // 1_000_000} million",
-            why="decoding it whole would take memory without bound",
-            fix="Scale it down first, or store it as JPEG, which is read reduced.",
-        )
 
 
 def _crop_box(

@@ -6,23 +6,23 @@ be able to go on without it.
 
 from __future__ import annotations
 
-import random
-from typing import Any, NamedTuple
+import math
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 
-import torch
 from PIL import Image
-from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from manyheads.data.pictures import Folder, as_mode, read_picture
-from manyheads.hosts import ImageInput
+from manyheads.data.augmentation import Augmentation
+from manyheads.data.pictures import as_mode, read_picture
+from manyheads.data.preprocessing import Preprocessing
 
 __all__ = [
-    "FileSamples",
     "Item",
-    "Preprocessing",
+    "PictureSamples",
     "Request",
+    "Store",
     "TensorSamples",
     "WrappedSamples",
     "parts_of",
@@ -39,88 +39,84 @@ class Item(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Which image is wanted, and the seed of its augmentation if it gets one."""
+    """Which image is wanted, and how it is changed if there is a seed."""
 
     position: int
     seed: int | None
+    augmentation: Augmentation
 
 
-class Preprocessing:
-    """The model's own preprocessing, fixed or with random crops and flips."""
+@runtime_checkable
+class Store(Protocol):
+    """Where encoded pictures lie: a folder, a table, the shards of an archive."""
 
-    def __init__(self, wanted: ImageInput) -> None:
-        self.channels = wanted.channels
-        size = (wanted.channels, *wanted.size)
-        common = {
-            "mean": wanted.mean,
-            "std": wanted.std,
-            "interpolation": wanted.interpolation,
-        }
-        self.fixed = create_transform(size, crop_pct=wanted.crop, **common)
-        self.random = create_transform(
-            size, is_training=True, color_jitter=0.0, **common
-        )
+    def name(self, position: int) -> str:
+        """Say where a picture is found, for the list of those that were skipped."""
 
-    def __call__(self, picture: Image.Image, seed: int | None) -> Tensor:
-        """Make the tensor; with a seed, always the same crop and flip."""
-        if seed is None:
-            ready: Tensor = self.fixed(picture)
-            return ready
-        # timm draws from Python's generator, torchvision from torch's.
-        before = random.getstate()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            try:
-                ready = self.random(picture)
-            finally:
-                random.setstate(before)
-        return ready
+    def open(self, position: int) -> Path | BinaryIO:
+        """Give the encoded picture.
+
+        Raises:
+            OSError: There is none, or it cannot be read.
+        """
 
 
-class FileSamples(Dataset[Item]):
-    """Pictures of a folder, decoded and preprocessed."""
+class PictureSamples(Dataset[Item]):
+    """Encoded pictures of any store, decoded when asked for, and preprocessed."""
 
-    def __init__(self, folder: Folder, preprocess: Preprocessing) -> None:
-        self.folder, self.preprocess = folder, preprocess
+    def __init__(
+        self, store: Store, labels: Tensor | None, preprocess: Preprocessing
+    ) -> None:
+        self.store, self.labels, self.preprocess = store, labels, preprocess
+        wanted = preprocess.wanted
+        self.at_least = max(1024, math.ceil(max(wanted.size) / wanted.crop))
 
     def __getitem__(self, request: Request) -> Item:
-        path = self.folder.files[request.position]
-        label = self.folder.labels[request.position]
-        name = str(path.relative_to(self.folder.root))
+        position, seed, augmentation = request
+        label = -1 if self.labels is None else int(self.labels[position])
+        name = self.store.name(position)
+        channels = self.preprocess.wanted.channels
         try:
-            picture = read_picture(path, self.preprocess.channels)
+            file = self.store.open(position)
+            picture = read_picture(file, channels, at_least=self.at_least)
         except OSError as error:
             return Item(None, label, name, str(error))
-        return Item(self.preprocess(picture, request.seed), label, name)
+        return Item(self.preprocess.picture(picture, seed, augmentation), label, name)
 
 
 class TensorSamples(Dataset[Item]):
-    """Images of one tensor, as they are."""
+    """Images of one tensor."""
 
-    def __init__(self, images: Tensor, labels: Tensor | None) -> None:
-        self.images, self.labels = images, labels
+    def __init__(
+        self, images: Tensor, labels: Tensor | None, preprocess: Preprocessing
+    ) -> None:
+        self.images, self.labels, self.preprocess = images, labels, preprocess
 
     def __getitem__(self, request: Request) -> Item:
-        label = -1 if self.labels is None else int(self.labels[request.position])
-        return Item(self.images[request.position], label, f"image {request.position}")
+        position, seed, augmentation = request
+        label = -1 if self.labels is None else int(self.labels[position])
+        image = self.preprocess.tensor(self.images[position], seed, augmentation)
+        return Item(image, label, f"image {position}")
 
 
 class WrappedSamples(Dataset[Item]):
     """Another dataset's items, told apart by their form."""
 
-    def __init__(self, inner: Any, preprocess: Preprocessing | None) -> None:
+    def __init__(self, inner: Any, preprocess: Preprocessing) -> None:
         self.inner, self.preprocess = inner, preprocess
 
     def __getitem__(self, request: Request) -> Item:
-        name = f"item {request.position}"
+        position, seed, augmentation = request
+        name = f"item {position}"
         try:
-            image, label = parts_of(self.inner[request.position])
+            image, label = parts_of(self.inner[position])
         except OSError as error:
             return Item(None, -1, name, str(error))
-        if isinstance(image, Image.Image) and self.preprocess is not None:
-            picture = as_mode(image, self.preprocess.channels)
-            image = self.preprocess(picture, request.seed)
+        if isinstance(image, Image.Image):
+            picture = as_mode(image, self.preprocess.wanted.channels)
+            image = self.preprocess.picture(picture, seed, augmentation)
+        elif isinstance(image, Tensor):
+            image = self.preprocess.tensor(image, seed, augmentation)
         return Item(image, label, name)
 
 

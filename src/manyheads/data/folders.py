@@ -1,0 +1,143 @@
+"""Files of a folder: tables, archives or pictures, in an order that is no accident."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image
+
+from manyheads.data.splits import choose_split, split_word
+from manyheads.errors import DataError
+
+__all__ = ["Folder", "list_files", "list_pictures", "picture_endings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """Picture files of one folder, in an order that does not depend on the disk.
+
+    Attributes:
+        root: The folder.
+        files: Their paths, sorted.
+        classes: Names of the subfolders directly under the root, sorted.
+        labels: Position in `classes` of each file's subfolder; -1 for files that lie
+            in no subfolder.
+    """
+
+    root: Path
+    files: tuple[Path, ...]
+    classes: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    def name(self, position: int) -> str:
+        """Give a file's path under the root."""
+        return str(self.files[position].relative_to(self.root))
+
+    def open(self, position: int) -> Path | BinaryIO:
+        """Give a file's path."""
+        return self.files[position]
+
+    def digest(self) -> str:
+        """Sum up names and sizes of all files."""
+        listing = hashlib.sha256()
+        for path in self.files:
+            entry = f"{path.relative_to(self.root)}\0{path.stat().st_size}\0"
+            listing.update(entry.encode("utf-8", "surrogateescape"))
+        return listing.hexdigest()[:16]
+
+
+def list_files(root: Path) -> list[Path]:
+    """Give all files under a folder, sorted; hidden files and folders are passed over.
+
+    Raises:
+        DataError: There is no such folder, or it cannot be listed.
+    """
+    if not root.is_dir():
+        found = "it is a file" if root.is_file() else "there is no such folder"
+        raise DataError(
+            asked=f"images from {root}",
+            found=found,
+            fix="Give a folder of pictures, with or without one subfolder per class, "
+            "a folder or file of .parquet or .tar, or a name such as "
+            '"hub:owner/name" or "digits".',
+        )
+    files: list[Path] = []
+    for folder, below, names in os.walk(root, onerror=_refuse_listing):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        files += [Path(folder, n) for n in sorted(names) if not n.startswith(".")]
+    return files
+
+
+def list_pictures(
+    root: Path,
+    *,
+    files: Sequence[Path] | None = None,
+    split: str | None = None,
+    held_out: bool = False,
+) -> Folder:
+    """Find the picture files under a folder, by the endings that Pillow knows.
+
+    Subfolders are classes. If all of them are called like parts of a data set (train,
+    val, test), one of them is taken and its subfolders are classes. Nothing is opened.
+
+    Args:
+        root: The folder.
+        files: All its files, where they are listed already.
+        split: The part that was asked for.
+        held_out: Whether the images are to measure rather than to learn from.
+
+    Raises:
+        DataError: There is no such folder, it cannot be listed, no file in it is a
+            picture, or there is no such part.
+    """
+    listed = list_files(root) if files is None else files
+    pictures = [path for path in listed if path.suffix.lower() in picture_endings()]
+    if not pictures:
+        others = sorted({path.suffix.lower() or "nothing" for path in listed})
+        there = f"only files ending in {', '.join(others)}" if others else "no file"
+        raise DataError(
+            asked=f"images from {root}",
+            found=f"it holds {there}",
+            fix="Give a folder with .jpg, .png or other picture files.",
+        )
+    tops = {path.relative_to(root).parts[0] for path in pictures}
+    parts = {split_word(top): top for top in tops if (root / top).is_dir()}
+    if len(parts) == len(tops) and None not in parts:
+        names = [name for name in parts if name is not None]
+        chosen = choose_split(names, split, held_out=held_out, where=str(root))
+        root = root / parts[chosen]
+        pictures = [path for path in pictures if path.is_relative_to(root)]
+    elif split is not None:
+        choose_split(["train"], split, held_out=held_out, where=str(root))
+    classes = sorted(
+        {p.relative_to(root).parts[0] for p in pictures if p.parent != root}
+    )
+    number = {name: label for label, name in enumerate(classes)}
+    labels = [number.get(path.relative_to(root).parts[0], -1) for path in pictures]
+    return Folder(
+        root=root,
+        files=tuple(pictures),
+        classes=tuple(classes),
+        labels=tuple(labels),
+    )
+
+
+@cache
+def picture_endings() -> frozenset[str]:
+    """Give the endings of files that Pillow reads, lower case with the dot."""
+    known = Image.registered_extensions()
+    return frozenset(ending for ending, kind in known.items() if kind in Image.OPEN)
+
+
+def _refuse_listing(error: OSError) -> None:
+    raise DataError(
+        asked=f"images from {error.filename}",
+        found=f"the folder cannot be listed: {error.strerror}",
+        fix="Give a folder that you may read.",
+    ) from error
