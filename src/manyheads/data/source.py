@@ -82,15 +82,16 @@ class ImageSource:
 
         With `repeats`, the epoch has the same length and holds one in `repeats` of the
         images that often, near each other (Berman et al. 2019, 1902.05509). Every
-        eight of them come in a row, then again in another order: neighbours, which
-        mixup blends, are never the same image.
+        eight of them come in a row, then again in another order: the neighbours that
+        mixup blends in a batch of even size are never the same image.
         """
         generator = torch.Generator().manual_seed(mix(seed, "order", epoch))
         shuffled = torch.randperm(len(self), generator=generator)
         if repeats == 1:
             order: list[int] = shuffled.tolist()
             return order
-        groups = torch.split(shuffled[: -(-len(self) // repeats)], _GROUP)
+        distinct = -(-len(self) // repeats)
+        groups = torch.split(shuffled[: distinct + distinct % 2], _GROUP)
         repeated = [
             group[torch.randperm(len(group), generator=generator)]
             for group in groups
