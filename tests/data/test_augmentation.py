@@ -1,4 +1,4 @@
-"""Augmentation: timm's values, timm's pixels, and a function of nothing but its seed."""
+"""Augmentation: timm's values and pixels, and a function of nothing but its seed."""
 
 from __future__ import annotations
 

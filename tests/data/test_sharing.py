@@ -88,7 +88,8 @@ def test_real_processes_share_a_batch(source: ImageSource, tmp_path: Path) -> No
         "folder, rank, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]\n"
         "source = image_source(tiny_vit(), folder, labelled=True, max_unreadable=0.2)\n"
         "made = source.batches(source.order(0, 0, repeats=3), 6, augment_seed=1,\n"
-        "    augmentation=Augmentation.deit(), num_classes=4, rank=rank, world_size=2)\n"
+        "    augmentation=Augmentation.deit(), num_classes=4,\n"
+        "    rank=rank, world_size=2)\n"
         "torch.save([tuple(batch) for batch in made], out)\n"
     )
     root, files = Path(__file__).parents[2], []

@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 from PIL import Image
 
@@ -39,7 +39,7 @@ class Folder:
         """Give a file's path under the root."""
         return str(self.files[position].relative_to(self.root))
 
-    def open(self, position: int) -> Path | BinaryIO:
+    def open(self, position: int) -> Path | BytesIO:
         """Give a file's path."""
         return self.files[position]
 

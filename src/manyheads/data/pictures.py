@@ -8,8 +8,8 @@ cut off, and what is transparent shows white.
 from __future__ import annotations
 
 import warnings
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -26,7 +26,7 @@ class TooLarge(OSError):
 
 
 def read_picture(
-    file: str | Path | BinaryIO, channels: int, *, at_least: int = 1024
+    file: str | Path | BytesIO, channels: int, *, at_least: int = 1024
 ) -> Image.Image:
     """Decode one file as eight-bit grey (1 channel) or RGB (3 channels).
 

@@ -7,8 +7,9 @@ be able to go on without it.
 from __future__ import annotations
 
 import math
+from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
 from torch import Tensor
@@ -53,7 +54,7 @@ class Store(Protocol):
     def name(self, position: int) -> str:
         """Say where a picture is found, for the list of those that were skipped."""
 
-    def open(self, position: int) -> Path | BinaryIO:
+    def open(self, position: int) -> Path | BytesIO:
         """Give the encoded picture.
 
         Raises:

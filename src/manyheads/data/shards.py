@@ -9,13 +9,12 @@ every picture is fetched from its offset: order and resuming are those of a fold
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Int
@@ -62,7 +61,7 @@ class Shards:
         """Give shard and key."""
         return f"{self.files[self.places[position, 0]].name}:{self.keys[position]}"
 
-    def open(self, position: int) -> Path | BinaryIO:
+    def open(self, position: int) -> Path | BytesIO:
         """Read one picture's bytes."""
         shard, first, size = self.places[position].tolist()
         if first < 0:
@@ -70,7 +69,7 @@ class Shards:
         # Opened anew: an open file's position would be shared by worker processes.
         with self.files[shard].open("rb") as file:
             file.seek(first)
-            return io.BytesIO(file.read(size))
+            return BytesIO(file.read(size))
 
     def digest(self) -> str:
         """Sum up shards, keys and places."""

@@ -8,12 +8,12 @@ found by their features; pictures are decoded here, like those of a folder.
 from __future__ import annotations
 
 import hashlib
-import io
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -62,13 +62,13 @@ class Rows:
         file, first = self.names[place]
         return f"{file}:{position - first}"
 
-    def open(self, position: int) -> Path | BinaryIO:
+    def open(self, position: int) -> Path | BytesIO:
         """Give one row's encoded picture."""
         (value,) = self.column[position].values()
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
-            return io.BytesIO(value)
+            return BytesIO(value)
         if isinstance(value, str) and value:
             return Path(value)
         raise OSError("the row has no picture")
@@ -83,7 +83,7 @@ class Rows:
                 file = self.open(position)
             except OSError:
                 continue
-            if isinstance(file, io.BytesIO):
+            if isinstance(file, BytesIO):
                 digest.update(file.getvalue())
         return digest.hexdigest()[:16]
 
