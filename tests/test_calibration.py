@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 import manyheads as mh
 from manyheads.attention.pairing import choose_heads, map_similarity
+from manyheads.data import image_source
 from manyheads.errors import DataError
 from manyheads.hosts import find_host
 from tests.helpers import assert_close, tiny_vit
@@ -43,6 +47,19 @@ def trained() -> nn.Module:
             loss.backward()
             optimizer.step()
     return model.eval()
+
+
+class Lone(Dataset[Tensor]):
+    """Single images without labels."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
 
 
 def _ffn_error(model: nn.Module, student: nn.Module, images: Tensor) -> float:
@@ -206,3 +223,32 @@ def test_the_choice_is_never_worse_than_the_first_half(heads: int) -> None:
 def test_what_is_no_image_is_refused(images: object) -> None:
     with pytest.raises(DataError, match="calibrating"):
         mh.convert(tiny_vit(), HALF, images=images)
+
+
+def test_a_folder_is_looked_at_like_the_batches_it_makes(
+    trained: nn.Module, tmp_path: Path
+) -> None:
+    pictures = load_digits().images[:40] * 15
+    for number, picture in enumerate(pictures):
+        image = Image.fromarray(picture.astype("uint8")).resize((16, 16))
+        image.save(tmp_path / f"{number:02}.png")
+    source = image_source(trained, tmp_path, labelled=False)
+    images = next(source.batches(range(40), 40)).images
+    both = mh.Recipe(*HALF.swaps, *COMPACT.swaps)
+    expected = mh.convert(trained, both, images=images).state_dict()
+    pair = (images, torch.zeros(40, dtype=torch.long))
+    for given in (tmp_path, str(tmp_path), pair, images.split(16), Lone(images)):
+        made = mh.convert(trained, both, images=given).state_dict()
+        for name, tensor in made.items():
+            assert torch.equal(tensor, expected[name]), (given, name)
+    assert len(mh.preview(trained, HALF, images=tmp_path).heads) == 2
+
+
+def test_unreadable_calibration_pictures_are_counted_and_named(
+    trained: nn.Module, tmp_path: Path
+) -> None:
+    for number in range(300):
+        Image.new("L", (16, 16), number % 256).save(tmp_path / f"{number:03}.png")
+    (tmp_path / "150.png").write_text("broken")
+    with pytest.warns(UserWarning, match=r"1 of 150 pictures .*150\.png"):
+        mh.convert(trained, COMPACT, images=tmp_path)

@@ -8,25 +8,36 @@ most alike are paired, and the outputs of feed-forward layers are summed up, so 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
+from manyheads import data
 from manyheads.attention import Hallucinated, Mechanism, Softmax
 from manyheads.attention.pairing import HeadChoice, choose_heads, map_similarity
+from manyheads.data import ImageSource, Table
+from manyheads.data.opening import open_images
 from manyheads.errors import DataError
 from manyheads.ffn import OutputMoments
-from manyheads.hosts import Host, mechanism_of, replace_module
+from manyheads.hosts import Host, ImageInput, mechanism_of, replace_module
 from manyheads.surgery import Operation
 
 __all__ = ["Images", "calibrate"]
 
-Images = Tensor | Iterable[Tensor]
-"""One batch [B, channels, height, width], or batches of such, normalised already."""
+Images = data.Images | Iterable[Tensor]
+"""What every verb takes as images, or batches [B, channels, height, width] of them."""
+
+CALIBRATION_IMAGES = 256
+"""Images of a folder, a data set or a table that are looked at, evenly spread."""
+_BATCH = 16
+"""Images at a time: the maps of so many are held."""
 
 
 def calibrate(
@@ -39,16 +50,19 @@ def calibrate(
     operations come back as they are.
 
     Cost: one pass over the images in evaluation mode, with the maps of the layers in
-    question built one batch at a time: O(B H N^2) memory. Use few images a batch.
+    question built one batch at a time: O(B H N^2) memory, with B = 16 where batches are
+    not given.
 
     Args:
         model: The model to convert; a copy of it is run.
         host: Its host.
         operations: What is to happen, as planned.
-        images: What to look at; dozens are enough for heads.
+        images: What to look at; dozens are enough for heads. Of a folder, a data set or
+            a table 256 are taken, evenly spread; tensors and batches are taken whole.
 
     Raises:
-        DataError: There is no image, or a batch is no [B, C, H, W] tensor.
+        DataError: There is no image, too many cannot be read, or a batch is no
+            [B, C, H, W] tensor.
     """
     watched = copy.deepcopy(model).eval()
     heads = [op for op in operations if _chooses_heads(op)]
@@ -64,7 +78,7 @@ def calibrate(
         notes.watch_outputs(path, watched.get_submodule(path))
     place = next(watched.parameters())
     with notes, torch.no_grad():
-        for batch in _batches(images):
+        for batch in _batches(host.image_input(model), images):
             host.feed(watched, batch.to(place))
     choices = {op.site.index: notes.choice(op) for op in heads}
     moments = {op.site.index: notes.moments(op.site.ffn_path or "") for op in outputs}
@@ -137,17 +151,26 @@ def _chooses_heads(operation: Operation) -> bool:
     return isinstance(becomes, Hallucinated) and isinstance(was, Softmax)
 
 
-def _batches(images: Images) -> Iterable[Tensor]:
-    """Read one tensor as one batch, and refuse what is no batch of images."""
-    batches = [images] if isinstance(images, Tensor) else images
+def _batches(wanted: ImageInput, images: Images) -> Iterable[Tensor]:
+    """Give batches of images, and refuse what gives none."""
+    if isinstance(images, tuple) and len(images) == 2 and _is_labels(images[1]):
+        images = images[0]
+    if isinstance(images, Tensor):
+        images = torch.split(images, _BATCH) if images.ndim == 4 else [images]
+    elif isinstance(images, str | Path | Table) or (
+        isinstance(images, Dataset) and not isinstance(images, IterableDataset)
+    ):
+        yield from _looked_at(open_images(wanted, images, labelled=False))
+        return
     seen = 0
-    for batch in batches:
+    for batch in images:
         if not isinstance(batch, Tensor) or batch.ndim != 4 or not len(batch):
             shape = list(batch.shape) if isinstance(batch, Tensor) else type(batch)
             raise DataError(
                 asked="calibrating on images",
                 found=f"a batch is {shape}, not [B, channels, height, width]",
-                fix="Give a tensor of normalised images, or an iterable of such.",
+                fix="Give a folder, a tensor of normalised images, or an iterable of "
+                "such.",
             )
         seen += len(batch)
         yield batch
@@ -156,4 +179,26 @@ def _batches(images: Images) -> Iterable[Tensor]:
             asked="calibrating on images",
             found="there are none",
             fix="Give at least one, or leave images out.",
+        )
+
+
+def _is_labels(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 1
+
+
+def _looked_at(source: ImageSource) -> Iterable[Tensor]:
+    """Load some images of a source, evenly spread; say how many could not be read."""
+    spread = range(0, len(source), -(-len(source) // CALIBRATION_IMAGES))
+    read = 0
+    for batch in source.batches(spread, _BATCH):
+        read += len(batch.images)
+        if len(batch.images):
+            yield batch.images
+    if not read:
+        raise source.too_many()
+    if source.skipped:
+        warnings.warn(
+            f"calibrating on {source.where}: {len(source.skipped)} of {len(spread)} "
+            f"pictures cannot be read: {', '.join(sorted(source.skipped))}",
+            stacklevel=2,
         )

@@ -163,12 +163,13 @@ def convert(
     Args:
         model: A hosted model, converted already or not.
         recipe: What the blocks are to become.
-        images: Calibration images, one batch [B, channels, height, width] or an
-            iterable of batches, normalised as the model wants them. With them the
-            real heads of hallucinated attention and the partner of each other head
-            are chosen by how alike their maps are, and compact layers start closest
-            to the outputs seen; without, the first half of the heads is real and the
-            matrix alone is approximated.
+        images: Calibration images: a folder, a data set, a name as in `heal`, of which
+            256 are looked at, evenly spread; or all of a tensor [n, channels, height,
+            width] or of an iterable of such batches, normalised as the model wants
+            them. With them the real heads of hallucinated attention and the partner of
+            each other head are chosen by how alike their maps are, and compact layers
+            start closest to the outputs seen; without, the first half of the heads is
+            real and the matrix alone is approximated.
         paths: In a model of your own, the module paths of the attention layers that
             count as its blocks 0, 1, ...: each a `torch.nn.MultiheadAttention`, or a
             layer with `qkv`, `proj` and `num_heads` that computes what timm's does.

@@ -5,6 +5,7 @@ from manyheads.data.bundled import Digits, digits
 from manyheads.data.opening import Images, image_source
 from manyheads.data.seeds import mix
 from manyheads.data.source import Batch, ImageSource
+from manyheads.data.tables import Table
 
 __all__ = [
     "Augmentation",
@@ -12,6 +13,7 @@ __all__ = [
     "Digits",
     "ImageSource",
     "Images",
+    "Table",
     "digits",
     "image_source",
     "mix",

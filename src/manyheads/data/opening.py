@@ -42,7 +42,7 @@ from manyheads.data.tables import Rows, Table, open_hub, open_parquet, open_tabl
 from manyheads.errors import DataError, InvalidOption
 from manyheads.hosts import ImageInput, find_host
 
-__all__ = ["Images", "image_source"]
+__all__ = ["Images", "image_source", "open_images"]
 
 Images = str | Path | Tensor | tuple[Tensor, Tensor] | Dataset[Any] | Table
 """What every verb takes as `images`."""
@@ -78,14 +78,32 @@ def image_source(
         MissingExtra: It needs a package that is not installed.
         UnknownHost: No host knows the model.
     """
+    wanted = find_host(model)[0].image_input(model)
+    return open_images(
+        wanted,
+        images,
+        labelled=labelled,
+        max_unreadable=max_unreadable,
+        held_out=held_out,
+    )
+
+
+def open_images(
+    wanted: ImageInput,
+    images: Images,
+    *,
+    labelled: bool,
+    max_unreadable: float | int = 0.1,
+    held_out: bool = False,
+) -> ImageSource:
+    """Make a source of images of this size and preprocessing; see `image_source`."""
     if not 0 <= max_unreadable < 1:
         raise InvalidOption(
             asked=f"max_unreadable={max_unreadable}",
             found="it is a share of all pictures, from 0 up to below 1",
             fix="Use max_unreadable=0 to stop at the first, 0.1 for a tenth.",
         )
-    opening = _Opening(find_host(model)[0].image_input(model), labelled, held_out)
-    source = opening.any(images)
+    source = _Opening(wanted, labelled, held_out).any(images)
     source.max_unreadable = max_unreadable
     if labelled and not source.labelled:
         raise DataError(
