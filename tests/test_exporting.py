@@ -235,7 +235,7 @@ def test_a_folder_with_classes_counts_as_labelled(tmp_path: Path) -> None:
     )
     assert exported.labelled is not None
     assert exported.labelled.accuracy_file == exported.labelled.accuracy_model
-    assert exported.conditions["photographs"] == ("china.jpg", "flower.jpg")
+    assert exported.conditions["photographs"] == ("0/china.jpg", "1/flower.jpg")
 
 
 def test_a_size_between_patches_is_padded_as_the_library_pads(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ from manyheads.artifacts.verification import (
     compare_labelled,
 )
 from manyheads.attention import Softmax
-from manyheads.data.exhibits import Images, exhibits
+from manyheads.data import Images
+from manyheads.data.exhibits import exhibits
 from manyheads.errors import DataError, InvalidOption, ManyheadsError, NotExportable
 from manyheads.geometry import Grid
 from manyheads.hosts import find_host

@@ -2,90 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from manyheads.data.folders import list_pictures
-from manyheads.data.photographs import prepare_files, sample_photographs
+from manyheads.data.opening import Images, open_images
+from manyheads.data.photographs import sample_photographs
+from manyheads.data.source import ImageSource
 from manyheads.errors import DataError
 from manyheads.hosts import ImageInput
 
-__all__ = ["Exhibits", "Images", "exhibits"]
-
-Images = str | Path | Tensor | tuple[Tensor, Tensor]
-"""A picture file, a folder, preprocessed images [B, C, H, W], or these with labels."""
+__all__ = ["Exhibits", "exhibits"]
 
 _SHOWN, _BATCH = 4, 16
 
 
 @dataclass(frozen=True, eq=False)
 class Exhibits:
-    """Images from files or from a tensor, with labels where they are known.
+    """Images of a source or of a tensor, with labels where they are known.
 
     Attributes:
         wanted: The preprocessing of the model that is to see them.
-        source: Files, or images that are already preprocessed.
+        source: What gives pictures, or images that are already preprocessed.
         labels: One class number each, or None.
         names: What they are called in a record of conditions.
     """
 
     wanted: ImageInput
-    source: tuple[Path, ...] | Float[Tensor, "B C H W"]
+    source: Callable[[tuple[int, int]], ImageSource] | Float[Tensor, "B C H W"]
     labels: Int[Tensor, " B"] | None
     names: tuple[str, ...]
 
     def at(self, size: tuple[int, int]) -> Float[Tensor, "B C H W"]:
-        """Give the first four at this height and width."""
-        return self._part(slice(_SHOWN), size)
+        """Give the first four at this height and width.
+
+        Raises:
+            DataError: None of them can be read.
+        """
+        if isinstance(self.source, Tensor):
+            return _scaled(self.source[:_SHOWN], size)
+        source = self.source(size)
+        batch = next(source.batches(range(min(_SHOWN, len(source))), _SHOWN))
+        if not len(batch.images):
+            raise source.too_many()
+        return _scaled(batch.images, size)
 
     def labelled(self, size: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Give all of them with their labels, batch by batch."""
         if self.labels is None:
             return
-        for start in range(0, len(self.labels), _BATCH):
-            part = slice(start, start + _BATCH)
-            yield self._part(part, size), self.labels[part]
-
-    def _part(self, part: slice, size: tuple[int, int]) -> Tensor:
-        if not isinstance(self.source, Tensor):
-            return prepare_files(self.source[part], self.wanted, size)
-        chosen = self.source[part]
-        if chosen.shape[-2:] == size:
-            return chosen
-        return F.interpolate(chosen, size, mode="bilinear", antialias=True)
+        if isinstance(self.source, Tensor):
+            for start in range(0, len(self.labels), _BATCH):
+                part = slice(start, start + _BATCH)
+                yield _scaled(self.source[part], size), self.labels[part]
+            return
+        source = self.source(size)
+        for batch in source.batches(range(len(source)), _BATCH):
+            if len(batch.images):
+                yield _scaled(batch.images, size), batch.labels
 
 
 def exhibits(images: Images | None, wanted: ImageInput) -> Exhibits:
     """Take what a caller has; None stands for two photographs.
 
+    Every picture has to be readable. Where a data set has parts, validation or test
+    is taken.
+
     Raises:
-        DataError: There is no picture, or a tensor is of the wrong form.
+        DataError: There is no picture, one cannot be read, or a tensor is of the
+            wrong form.
         MissingExtra: Nothing was given and scikit-learn is not installed.
     """
     if images is None:
         images = sample_photographs()[0].parent
-    if isinstance(images, str | Path):
-        path = Path(images)
-        if path.is_file():
-            return Exhibits(wanted, (path,), None, (path.name,))
-        folder = list_pictures(path)
-        known = min(folder.labels) >= 0
-        labels = torch.tensor(folder.labels) if known else None
-        shown = tuple(file.name for file in folder.files[:_SHOWN])
-        return Exhibits(wanted, folder.files, labels, shown)
-    tensor, labels = images if isinstance(images, tuple) else (images, None)
-    _require_form(tensor, labels, wanted.channels)
-    names = (f"tensor {list(tensor.shape)}",)
-    floating = tensor.detach().float().cpu()
-    return Exhibits(
-        wanted, floating, labels.cpu() if labels is not None else None, names
-    )
+    if isinstance(images, Tensor) or (
+        isinstance(images, tuple) and isinstance(images[0], Tensor)
+    ):
+        tensor, labels = images if isinstance(images, tuple) else (images, None)
+        _require_form(tensor, labels, wanted.channels)
+        names = (f"tensor {list(tensor.shape)}",)
+        floating = tensor.detach().float().cpu()
+        numbers = labels.cpu() if labels is not None else None
+        return Exhibits(wanted, floating, numbers, names)
+
+    @cache
+    def at(size: tuple[int, int]) -> ImageSource:
+        return open_images(
+            replace(wanted, size=size),
+            images,
+            labelled=False,
+            max_unreadable=0,
+            held_out=True,
+        )
+
+    source = at(wanted.size)
+    labels = source.labels if source.labelled else None
+    shown = tuple(source.items.name(i) for i in range(min(_SHOWN, len(source))))
+    return Exhibits(wanted, at, labels, shown)
+
+
+def _scaled(images: Tensor, size: tuple[int, int]) -> Tensor:
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 def _require_form(images: Tensor, labels: Tensor | None, channels: int) -> None:

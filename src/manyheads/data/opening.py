@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from manyheads.data.bundled import digits
-from manyheads.data.folders import list_files, list_pictures
+from manyheads.data.folders import list_files, list_pictures, picture_endings
 from manyheads.data.labels import number_labels
 from manyheads.data.preprocessing import Preprocessing
 from manyheads.data.samples import (
@@ -154,31 +154,32 @@ class _Opening:
 
     def path(self, path: Path, split: str | None) -> ImageSource:
         """Open a folder or a file by what it holds: tables, else shards, else files."""
-        one = path.is_file() and path.suffix in (".parquet", ".tar")
-        files, root = ([path], path.parent) if one else (list_files(path), path)
-        for ending in (".parquet", ".tar"):
-            found = [file for file in files if file.suffix == ending]
-            if not found:
-                continue
-            groups = {"train": found} if one else group_by_split(root, found)
-            chosen = choose_split(
-                list(groups), split, held_out=self.held_out, where=str(path)
-            )
-            where = f"{path}[{chosen}]" if len(groups) > 1 else str(path)
-            if ending == ".tar":
-                return self.shards(sorted(groups[chosen]), where)
-            rows = open_parquet(
-                sorted(groups[chosen]), labelled=self.labelled, where=where
-            )
-            return self.rows(rows, where)
-        folder = list_pictures(path, files=files, split=split, held_out=self.held_out)
+        known = {".parquet", ".tar"} | picture_endings()
+        alone = path.is_file() and path.suffix.lower() in known
+        files, root = ([path], path.parent) if alone else (list_files(path), path)
+        for ending, open_ in ((".parquet", self.parquet), (".tar", self.shards)):
+            found = [file for file in files if file.suffix.lower() == ending]
+            if found:
+                groups = {"train": found} if alone else group_by_split(root, found)
+                chosen = choose_split(
+                    list(groups), split, held_out=self.held_out, where=str(path)
+                )
+                where = f"{path}[{chosen}]" if len(groups) > 1 else str(path)
+                return open_(sorted(groups[chosen]), where)
+        folder = list_pictures(root, files=files, split=split, held_out=self.held_out)
         labels = torch.tensor(folder.labels)
         return self.pictures(
             folder,
-            str(folder.root),
+            str(path if alone else folder.root),
             {"kind": "folder", "images": len(labels), "digest": folder.digest()},
             labels,
             folder.classes,
+        )
+
+    def parquet(self, files: list[Path], where: str) -> ImageSource:
+        """Open parquet files."""
+        return self.rows(
+            open_parquet(files, labelled=self.labelled, where=where), where
         )
 
     def shards(self, files: list[Path], where: str) -> ImageSource:

@@ -7,6 +7,7 @@ be able to go on without it.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -23,6 +24,7 @@ __all__ = [
     "Item",
     "PictureSamples",
     "Request",
+    "Samples",
     "Store",
     "TensorSamples",
     "WrappedSamples",
@@ -62,7 +64,19 @@ class Store(Protocol):
         """
 
 
-class PictureSamples(Dataset[Item]):
+class Samples(Dataset[Item], ABC):
+    """Images by number; answers a `Request` with an `Item`."""
+
+    @abstractmethod
+    def name(self, position: int) -> str:
+        """Say what an image is called in lists and messages."""
+
+    @abstractmethod
+    def __getitem__(self, request: Request) -> Item:
+        """Give one image, or the reason why there is none."""
+
+
+class PictureSamples(Samples):
     """Encoded pictures of any store, decoded when asked for, and preprocessed."""
 
     def __init__(
@@ -72,10 +86,14 @@ class PictureSamples(Dataset[Item]):
         wanted = preprocess.wanted
         self.at_least = max(1024, math.ceil(max(wanted.size) / wanted.crop))
 
+    def name(self, position: int) -> str:
+        """Ask the store."""
+        return self.store.name(position)
+
     def __getitem__(self, request: Request) -> Item:
         position, seed, augmentation = request
         label = -1 if self.labels is None else int(self.labels[position])
-        name = self.store.name(position)
+        name = self.name(position)
         channels = self.preprocess.wanted.channels
         try:
             file = self.store.open(position)
@@ -85,7 +103,7 @@ class PictureSamples(Dataset[Item]):
         return Item(self.preprocess.picture(picture, seed, augmentation), label, name)
 
 
-class TensorSamples(Dataset[Item]):
+class TensorSamples(Samples):
     """Images of one tensor."""
 
     def __init__(
@@ -93,22 +111,30 @@ class TensorSamples(Dataset[Item]):
     ) -> None:
         self.images, self.labels, self.preprocess = images, labels, preprocess
 
+    def name(self, position: int) -> str:
+        """Number the image."""
+        return f"image {position}"
+
     def __getitem__(self, request: Request) -> Item:
         position, seed, augmentation = request
         label = -1 if self.labels is None else int(self.labels[position])
         image = self.preprocess.tensor(self.images[position], seed, augmentation)
-        return Item(image, label, f"image {position}")
+        return Item(image, label, self.name(position))
 
 
-class WrappedSamples(Dataset[Item]):
+class WrappedSamples(Samples):
     """Another dataset's items, told apart by their form."""
 
     def __init__(self, inner: Any, preprocess: Preprocessing) -> None:
         self.inner, self.preprocess = inner, preprocess
 
+    def name(self, position: int) -> str:
+        """Number the item."""
+        return f"item {position}"
+
     def __getitem__(self, request: Request) -> Item:
         position, seed, augmentation = request
-        name = f"item {position}"
+        name = self.name(position)
         try:
             image, label = parts_of(self.inner[position])
         except OSError as error:

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from manyheads.data.augmentation import Augmentation
 from manyheads.data.mixing import blend, share
-from manyheads.data.samples import Item, Request
+from manyheads.data.samples import Item, Request, Samples
 from manyheads.data.seeds import mix
 from manyheads.errors import DataError, InvalidOption
 
@@ -52,7 +52,7 @@ class ImageSource:
     """Images for one model.
 
     Attributes:
-        items: The dataset; it answers a `Request` with an `Item`.
+        items: The images by number.
         where: What the user gave, for messages.
         identity: What makes this source another than others, as JSON values.
         labelled: Whether every image has a label.
@@ -63,7 +63,7 @@ class ImageSource:
         skipped: Unreadable pictures met so far, with the reason of each.
     """
 
-    items: Dataset[Item]
+    items: Samples
     size: int
     where: str
     identity: dict[str, Any]
