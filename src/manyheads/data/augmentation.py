@@ -93,7 +93,7 @@ class Augmentation(Spec):
 
     @classmethod
     def deit(cls) -> Augmentation:
-        """Everything of the DeiT recipe, with its published values (Table 9)."""
+        """Everything of the DeiT recipe, with its published values."""
         return cls(
             crop_area=(0.08, 1.0),
             flip=0.5,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +104,8 @@ def normalise(image: Image.Image, wanted: ImageInput) -> Float[Tensor, "C H W"]:
     """Bring pixels to the mean and standard deviation that the model wants."""
     pixels = np.asarray(image, dtype=np.float32) / 255.0
     values = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (wanted.mean, wanted.std))
-    return ((values - mean) / std).contiguous()
+    mean, std = _statistics(wanted)
+    return values.contiguous().sub_(mean).div_(std)
 
 
 def prepare_files(
@@ -135,8 +136,14 @@ def restore(
     images: Float[Tensor, "B C H W"], wanted: ImageInput
 ) -> Float[Tensor, "B C H W"]:
     """Undo the normalisation: values in [0, 1] as a picture shows them."""
-    mean, std = (torch.tensor(x)[:, None, None] for x in (wanted.mean, wanted.std))
+    mean, std = _statistics(wanted)
     return (images.float().cpu() * std + mean).clamp(0, 1)
+
+
+@lru_cache(maxsize=8)
+def _statistics(wanted: ImageInput) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(x)[:, None, None] for x in (wanted.mean, wanted.std))
+    return mean, std
 
 
 def sample_photographs() -> tuple[Path, ...]:
