@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from benchmarks import tables
-from benchmarks.records import newest
+from benchmarks.records import newest, write_record
 from benchmarks.render import render
 from benchmarks.render.model import render_models
 
