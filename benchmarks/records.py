@@ -13,6 +13,7 @@ __all__ = [
     "FORMAT",
     "RESULTS",
     "VERSION",
+    "date",
     "hardware",
     "is_again",
     "newest",

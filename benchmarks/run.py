@@ -3,7 +3,7 @@
 python -m benchmarks.run                            the quick set, under ten minutes
 python -m benchmarks.run --all --resume             every case not recorded here yet
 python -m benchmarks.run --case hydra_core_d768     one of them; may be repeated
-python -m benchmarks.run --list                     names and seconds of budget
+python -m benchmarks.run --list                     what would run, and for how long
 python -m benchmarks.run --smoke                    tiny; shows only that it runs
 """
 
@@ -37,6 +37,7 @@ from benchmarks.records import (
     FORMAT,
     RESULTS,
     VERSION,
+    date,
     is_again,
     read_records,
     write_record,
@@ -58,7 +59,7 @@ def main(
         torch.set_num_threads(threads)
     chosen = _chosen(options, cases)
     if options.list:
-        print(_listed(chosen))
+        print(_listed(chosen, Path(options.out or RESULTS)))
         return 0
     device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as scratch:
@@ -173,10 +174,17 @@ def _chosen(options: argparse.Namespace, cases: Sequence[Case]) -> list[Case]:
     return [case for case in cases if options.all or not case.extra]
 
 
-def _listed(cases: Sequence[Case]) -> str:
-    lines = [f"{case.name:40} {case.budget_s:5.0f} s" for case in cases]
+def _listed(cases: Sequence[Case], folder: Path) -> str:
+    """Say how long the rounds of each case may take, and what the last run took."""
+    known = sorted(read_records(folder), key=date)
+    took = {r["case"]["name"]: r["wall_s"] for r in known if "wall_s" in r}
+    lines = [
+        f"{case.name:40} {case.budget_s:5.0f} s of rounds"
+        + (f", {took[case.name]:.0f} s in all last time" if case.name in took else "")
+        for case in cases
+    ]
     total = sum(case.budget_s for case in cases)
-    lines.append(f"{'in all, without tests and memory':40} {total:5.0f} s")
+    lines.append(f"{'all of them, without tests and memory':40} {total:5.0f} s")
     return "\n".join(lines)
 
 

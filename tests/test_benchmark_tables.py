@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from benchmarks import tables
-from benchmarks.records import newest
+from benchmarks.records import newest, write_record
 from benchmarks.render import render
 from benchmarks.render.model import render_models
 
@@ -123,7 +123,7 @@ def test_tables_are_written_once_and_then_up_to_date(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "results"
-    writecore_record(core_record(), results)
+    write_record(core_record(), results)
     (results / "demo_a-chip_202611.json").write_text(json.dumps(_DEMO))
     readme, page = tmp_path / "README.md", tmp_path / "docs" / "deep" / "page.md"
     page.parent.mkdir(parents=True)
