@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,8 +82,8 @@ def test_a_run_whose_process_dies_goes_on_as_if_it_had_not(
     process.send_signal(number)
     errors = process.communicate()[1].decode()
     kept = [int(p.name[5:].split(".")[0]) for p in (tmp_path / "run").glob("step-*")]
-    assert len(kept) == 1
-    assert 3 <= kept[0] < 60
+    assert 1 <= len(kept) <= 2
+    assert all(3 <= step < 60 for step in kept)
     if number == signal.SIGTERM:
         assert process.returncode == 128 + signal.SIGTERM
         assert not errors
@@ -161,7 +162,8 @@ def test_a_damaged_step_is_refused_with_what_to_remove(
     tmp_path: Path, name: str, damage: str
 ) -> None:
     run(model(), tmp_path / "run", epochs=1)
-    (step,) = (tmp_path / "run").glob("step-*")
+    older, step = sorted((tmp_path / "run").glob("step-*"))
+    shutil.rmtree(older)
     content = bytearray((step / name).read_bytes())
     (step / name).unlink()
     if damage == "cut":
@@ -202,25 +204,25 @@ def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
 
 def test_no_space_left_keeps_the_step_before(tmp_path: Path) -> None:
     journal, student = Journal(tmp_path / "run", {}), model()
-    journal.write(student, 1, {"step": 1})
+    journal.write({"model": student}, 1, {"step": 1})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
         with pytest.raises(CheckpointError, match="cannot be written"):
-            journal.write(student, 2, {"step": 2})
+            journal.write({"model": student}, 2, {"step": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [p.name for p in (tmp_path / "run").glob("step-*")] == ["step-1.0"]
     assert not list((tmp_path / "run").glob(".writing*"))
-    assert journal.read(student) == {"step": 1}
+    assert journal.read({"model": student}) == {"step": 1}
     journal.close()
 
 
 def test_a_state_file_can_hold_data_only(tmp_path: Path) -> None:
     journal, student = Journal(tmp_path / "run", {}), model()
-    journal.write(student, 1, {"harm": Harm()})
+    journal.write({"model": student}, 1, {"harm": Harm()})
     with pytest.raises(CheckpointError, match="altered"):
-        journal.read(student)
+        journal.read({"model": student})
     assert not (tmp_path / "harm").exists()
     journal.close()
 

@@ -2,55 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from manyheads.data import Batch, Images, ImageSource, image_source
-from manyheads.errors import DataError, NonFiniteLoss
-from manyheads.hosts import find_host, respond
-from manyheads.loop import Run, progress_bar
-from manyheads.loop.probes import broken_block, like, try_one
+from manyheads.data import Batch, Images, ImageSource
+from manyheads.hosts import find_host, host_of
+from manyheads.loop import Run
+from manyheads.loop.accuracy import (
+    Evaluated,
+    labelled_source,
+    measure,
+    require_same_classes,
+)
+from manyheads.loop.devices import Processes, require_precision
+from manyheads.loop.lessons import Lesson
+from manyheads.loop.probes import broken_block, like
 from manyheads.loop.stages import RunOptions, Stage, require_positive
 from manyheads.loop.weights import fingerprint, keeping_modes
 
-__all__ = ["Evaluated", "Trained", "evaluate", "train"]
+__all__ = ["DEIT", "DEIT_MODEL", "Evaluated", "Trained", "evaluate", "train"]
 
+DEIT: Mapping[str, Any] = MappingProxyType(
+    {
+        "epochs": 300,
+        "batch_size": 1024,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.05,
+        "warmup_epochs": 5,
+        "max_grad_norm": None,
+        "ema_decay": 0.99996,
+    }
+)
+"""What `train` takes to follow DeiT (Touvron and others, 2020, arXiv 2012.12877), as
+the papers of Hydra and hallucinated attention do: `train(model, images, **DEIT)`. The
+augmentation is the data's part: mixup 0.8, cutmix 1, RandAugment 9/0.5, erasing 0.25,
+repeated augmentation."""
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """How well a model names labelled images.
-
-    Attributes:
-        top1: Share of images whose label has the highest score.
-        top5: Share of images whose label is among the five highest scores; None for
-            models of five classes or fewer.
-        loss: Mean cross-entropy in nats.
-        images: Images that were looked at.
-        skipped: Pictures that could not be read.
-    """
-
-    top1: float
-    top5: float | None
-    loss: float
-    images: int
-    skipped: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Give everything as JSON values."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        top5 = "" if self.top5 is None else f", top-5 {self.top5:.2%}"
-        skipped = f" ({len(self.skipped)} skipped)" if self.skipped else ""
-        return (
-            f"top-1 {self.top1:.2%}{top5}, loss {self.loss:.4f} "
-            f"on {self.images:,} images{skipped}"
-        )
+DEIT_MODEL: Mapping[str, Any] = MappingProxyType({"drop_path_rate": 0.1})
+"""What the model of that recipe is built with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +56,14 @@ class Trained:
         losses: Mean loss of each epoch.
         steps: Updates of the weights.
         validation: What `evaluate` gives at the end, if there are validation images.
-        history: Top-1 and loss on them after each epoch.
+        history: Top-1 and loss on them after each epoch; with a running average of the
+            weights also its own, as average_top1 and average_loss.
         images: Images of the source.
         skipped: Pictures that could not be read.
         seconds: Time spent, all calls of a resumed run together.
         run_dir: The folder of the run, if there is one.
+        processes: Processes that shared the work.
+        overflows: Updates left out because float16 was too narrow for them.
     """
 
     losses: tuple[float, ...]
@@ -76,6 +74,8 @@ class Trained:
     skipped: tuple[str, ...]
     seconds: float
     run_dir: str | None
+    processes: int = 1
+    overflows: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Give everything as JSON values."""
@@ -87,6 +87,10 @@ class Trained:
             f"loss {self.losses[0]:.4f} -> {self.losses[-1]:.4f} in {self.steps} steps "
             f"over {self.images:,} images{skipped} in {self.seconds:.0f} s"
         )
+        if self.processes > 1:
+            line += f" by {self.processes} processes"
+        if self.overflows:
+            line += f"; {self.overflows} updates overflowed float16 and were left out"
         return line if self.validation is None else f"{line}\n{self.validation}"
 
 
@@ -99,7 +103,16 @@ def train(
     learning_rate: float | int = 1e-3,
     weight_decay: float | int = 0.05,
     warmup_epochs: float | int = 1.0,
-    max_grad_norm: float | int = 1.0,
+    layer_decay: float | int | None = None,
+    max_grad_norm: float | int | None = 1.0,
+    accumulation: int = 1,
+    precision: str = "fp32",
+    ema_decay: float | int | None = None,
+    teacher: nn.Module | None = None,
+    distillation: str = "soft",
+    distillation_weight: float | int = 0.5,
+    temperature: float | int = 1.0,
+    compile: bool = False,
     validation: Images | None = None,
     augment: bool = True,
     max_unreadable: float | int = 0.1,
@@ -107,40 +120,71 @@ def train(
     seed: int = 0,
     run_dir: str | Path | None = None,
     checkpoint_every: int = 200,
+    log_every: int = 10,
+    tensorboard: bool = False,
     progress: bool = True,
 ) -> Trained:
     """Teach a model labelled images: AdamW, cosine with warm-up, cross-entropy.
 
-    All parameters move, frozen ones too; biases, norms and what the library exempts
-    have no weight decay. The model is changed in place and keeps its training flags.
+        loss   (1 - w) CE(S, label) + w t^2 KL(softmax(T / t) || softmax(S / t))   soft
+               (1 - w) CE(S, label) + w CE(S, argmax T)                            hard
+
+    S and T are the scores of model and teacher, t the temperature, w the
+    `distillation_weight`; without a teacher w is 0. All parameters move, frozen ones
+    too; biases, norms and what the library exempts have no weight decay. The model is
+    changed in place and keeps its training flags.
+
+    Started with `torchrun`, every process takes its share of the same batches, and the
+    weights come out as those of one process would, rounding and randomness inside the
+    model aside. Batch norms see the share of their process. With `run_dir`, a run that
+    is interrupted in whatever way goes on when it is started again, and on the CPU
+    ends with the same bits.
 
     Args:
         model: A hosted model, converted or not.
         images: A folder with one subfolder per class, a dataset of (image, label), or
             preprocessed tensors (images, labels).
         epochs: Passes over the images.
-        batch_size: Images per step.
+        batch_size: Images per step, all processes and parts together.
         learning_rate: Highest rate.
         weight_decay: Of matrices.
         warmup_epochs: Epochs in which the rate rises.
-        max_grad_norm: Length to which longer gradients are cut.
+        layer_decay: Factor by which the rate falls from layer to layer, from the
+            classifier down; None for one rate.
+        max_grad_norm: Length to which longer gradients are cut; None for any length.
+        accumulation: Parts in which a process works through its images of a step, one
+            after another; memory falls, the result stays.
+        precision: "fp32", or matrix products in "bf16" or "fp16"; weights stay as they
+            are, and fp16 scales the loss.
+        ema_decay: Decay of a running average of the weights. It is validated beside
+            the weights, and the model ends with it.
+        teacher: A model to learn from as well. It is shown the images as this model
+            is, and only read.
+        distillation: Whether the teacher's scores teach, "soft", or its class, "hard".
+        distillation_weight: Share of the teacher in the loss.
+        temperature: Flattens both models' scores before they are compared, if soft.
+        compile: Whether to run the model through torch.compile while it trains.
         validation: Images to measure on after each epoch; they teach nothing.
         augment: Whether pictures get random crops and flips; tensors never do.
         max_unreadable: Share of unreadable pictures at which to stop.
-        num_workers: Processes that load images; 0 for this one.
+        num_workers: Processes that load images, for each process; 0 for itself.
         seed: What order, augmentation and dropout come from.
-        run_dir: A folder from which the same call goes on after an interruption.
+        run_dir: A folder from which the same call goes on after an interruption. Gets
+            steps.csv and epochs.csv as well.
         checkpoint_every: Steps between two writings to `run_dir`.
+        log_every: Steps between two lines of steps.csv.
+        tensorboard: Whether to write TensorBoard events to `run_dir` too.
         progress: Whether to show a progress bar.
 
     Raises:
         UnknownHost: No host knows the model.
         DataError: The images are missing, unreadable, unlabelled, labelled beyond the
-            model's classes, or not what the model takes.
+            model's classes, or not what the model or the teacher takes.
         NonFiniteLoss: The loss stopped being finite; names step and block.
         CheckpointError: The run_dir belongs to another run, or cannot be written.
-        InvalidOption: A number is out of range.
-        MissingExtra: accelerate is not installed.
+        InvalidOption: A number is out of range, a name is unknown, or the batch has
+            fewer images than there are processes.
+        MissingExtra: accelerate, or the TensorBoard asked for, is not installed.
     """
     options = RunOptions(
         batch_size=batch_size,
@@ -150,6 +194,12 @@ def train(
         num_workers=num_workers,
         checkpoint_every=checkpoint_every,
         max_grad_norm=max_grad_norm,
+        accumulation=accumulation,
+        precision=precision,
+        ema_decay=ema_decay,
+        layer_decay=layer_decay,
+        log_every=log_every,
+        tensorboard=tensorboard,
     )
     config: dict[str, Any] = {
         "verb": "train",
@@ -158,23 +208,34 @@ def train(
         "weight_decay": weight_decay,
         "warmup_epochs": warmup_epochs,
         "augment": augment,
+        "compile": compile,
     }
-    require_positive("epochs", epochs)
-    require_positive("learning_rate", learning_rate)
-    require_positive("weight_decay", weight_decay, zero=True)
-    require_positive("warmup_epochs", warmup_epochs, zero=True)
-    source = _labelled(model, images, max_unreadable)
+    _require_sound(config)
+    lesson = Lesson(
+        teacher=teacher,
+        distillation=distillation,
+        weight=distillation_weight,
+        temperature=temperature,
+    )
+    source = labelled_source(model, images, max_unreadable)
+    lesson.require_fitting(model, source)
     held_out = None
     if validation is not None:
-        held_out = _labelled(model, validation, max_unreadable)
-        _require_same_classes(source, held_out)
+        held_out = labelled_source(model, validation, max_unreadable)
+        require_same_classes(source, held_out)
         config["validation"] = held_out.identity
+    config |= lesson.identity()
     config["model"] = fingerprint(model, values=False)
     config["converted"] = [repr(site) for site in find_host(model)[1]]
-    task = _Task(model, held_out, options)
-    with Run(model, source, options, config) as run:
+    beside = [] if teacher is None else [teacher]
+    with (
+        keeping_modes(*beside),
+        Run(model, source, options, config, beside=beside) as run,
+    ):
+        task = _Task(model, lesson, held_out, options, run, compiled=compile)
         if not run.finished:
             run.perform(task.stage(config))
+            run.settle()
             measured = task.validate()
             run.notes["validation"] = measured and measured.to_json()
             run.finish()
@@ -186,17 +247,22 @@ def evaluate(
     images: Images,
     *,
     batch_size: int = 64,
+    precision: str = "fp32",
     max_unreadable: float | int = 0.1,
     num_workers: int = 0,
     progress: bool = True,
 ) -> Evaluated:
     """Measure how well a model names labelled images; changes nothing.
 
+    Started with `torchrun`, the processes share the images, none of which is counted
+    twice; all of them have to call it, and all get the same answer.
+
     Args:
         model: A hosted model, converted or not.
         images: A folder with one subfolder per class, a dataset of (image, label), or
             preprocessed tensors (images, labels).
-        batch_size: Images at a time.
+        batch_size: Images at a time, all processes together.
+        precision: "fp32", or matrix products in "bf16" or "fp16".
         max_unreadable: Share of unreadable pictures at which to stop.
         num_workers: Processes that load images; 0 for this one.
         progress: Whether to show a progress bar.
@@ -206,21 +272,47 @@ def evaluate(
         DataError: The images are missing, unreadable, unlabelled, labelled beyond the
             model's classes, or not what the model takes.
         NonFiniteLoss: The model gives scores that are not finite.
-        InvalidOption: A number is out of range.
+        InvalidOption: A number is out of range, or the precision is unknown.
+        MissingExtra: It was started as several processes, and accelerate is missing.
     """
     require_positive("batch_size", batch_size)
-    source = _labelled(model, images, max_unreadable)
-    return _measure(model, source, batch_size, num_workers, progress)
+    require_precision(model, precision)
+    source = labelled_source(model, images, max_unreadable)
+    processes = Processes("evaluating", required=False)
+    with processes.placed(model):
+        return measure(
+            model,
+            source,
+            processes,
+            batch_size=max(batch_size, processes.count),
+            num_workers=num_workers,
+            precision=precision,
+            progress=progress,
+        )
 
 
 class _Task:
-    """Cross-entropy on one model, with a look at held-out images after each epoch."""
+    """Labels, and a teacher if there is one, with a look at held-out images."""
 
     def __init__(
-        self, model: nn.Module, held_out: ImageSource | None, options: RunOptions
+        self,
+        model: nn.Module,
+        lesson: Lesson,
+        held_out: ImageSource | None,
+        options: RunOptions,
+        run: Run,
+        *,
+        compiled: bool,
     ) -> None:
-        self.model, self.held_out, self.options = model, held_out, options
+        self.model, self.lesson, self.held_out = model, lesson, held_out
+        self.options, self.run = options, run
         self.paths = [site.path for site in find_host(model)[1]]
+        self._host = host_of(model)
+        # The model itself stays as it is: what looks inside it does not see through
+        # compiled code.
+        self._ask = torch.compile(self._answer) if compiled else self._answer
+        self._hits: list[float] = []
+        self._top1: float | None = None
 
     def stage(self, config: dict[str, Any]) -> Stage:
         """Describe the one stage of training."""
@@ -235,34 +327,58 @@ class _Task:
             blame=self.blame,
             augment=config["augment"],
             after_epoch=None if self.held_out is None else self.after_epoch,
+            told=self.told,
         )
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Give the cross-entropy of one batch."""
+        """Give the loss of one batch."""
         self.model.train()
-        scores = respond(self.model, like(batch.images, self.model))
-        _require_labels(batch.labels, scores.shape[1])
-        labels = batch.labels.to(scores.device)
-        return {"labels": F.cross_entropy(scores.float(), labels)}
+        images = like(batch.images, self.model)
+        scores = self._ask(images)
+        self._note_hits(scores, batch.labels)
+        return self.lesson.losses(scores.float(), batch.labels, images)
 
     def blame(self, batch: Batch) -> str:
         """Name the first block whose output is not finite."""
         broken = broken_block(self.model, batch.images, self.paths)
         return broken or "the comparison with labels"
 
+    def told(self) -> str:
+        """Give the accuracy last validated, else that of the last batches."""
+        if self._top1 is not None:
+            return f"validation {self._top1:.1%}  "
+        return f"top-1 {sum(self._hits) / max(1, len(self._hits)):.1%}  "
+
     def after_epoch(self, done: int) -> dict[str, float]:
         """Measure on the held-out images."""
         measured = self.validate()
         if measured is None:
             return {}
+        self._top1 = measured.top1
         return {"top1": measured.top1, "loss": measured.loss}
 
     def validate(self) -> Evaluated | None:
         """Give the full measure on the held-out images, if there are any."""
         if self.held_out is None:
             return None
-        size, workers = self.options.batch_size, self.options.num_workers
-        return _measure(self.model, self.held_out, size, workers, False)
+        return measure(
+            self.model,
+            self.held_out,
+            self.run.processes,
+            batch_size=max(self.options.batch_size, self.run.processes.count),
+            num_workers=self.options.num_workers,
+            precision=self.options.precision,
+            received=self.run.received,
+        )
+
+    def _answer(self, images: Tensor) -> Tensor:
+        return self._host.output(self._host.feed(self.model, images))
+
+    def _note_hits(self, scores: Tensor, labels: Tensor) -> None:
+        named = labels if labels.ndim == 1 else labels.argmax(dim=-1)
+        if self.held_out is None and self.options.progress and len(labels):
+            hits = scores.detach().argmax(dim=-1) == named.to(scores.device)
+            self._hits = [*self._hits[-19:], float(hits.float().mean())]
 
 
 def _result(run: Run, source: ImageSource, options: RunOptions) -> Trained:
@@ -276,96 +392,13 @@ def _result(run: Run, source: ImageSource, options: RunOptions) -> Trained:
         skipped=tuple(sorted(source.skipped)),
         seconds=run.seconds,
         run_dir=None if options.run_dir is None else str(options.run_dir),
+        processes=run.processes.count,
+        overflows=record.overflows,
     )
 
 
-@torch.no_grad()
-def _measure(
-    model: nn.Module,
-    source: ImageSource,
-    batch_size: int,
-    num_workers: int,
-    progress: bool,
-) -> Evaluated:
-    loss, first, among, count, width = 0.0, 0, 0, 0, 0
-    with keeping_modes(model), progress_bar(progress) as bar:
-        model.eval()
-        task = bar.add_task("evaluate", total=len(source), told="images")
-        batches = source.batches(
-            range(len(source)), batch_size, num_workers=num_workers
-        )
-        for images, labels, _ in batches:
-            if not len(images):
-                continue
-            scores = respond(model, like(images, model)).float()
-            width = scores.shape[1]
-            _require_labels(labels, width)
-            _require_finite(model, images, scores)
-            labels = labels.to(scores.device)
-            loss += float(F.cross_entropy(scores, labels, reduction="sum"))
-            hits = scores.topk(min(5, width)).indices == labels[:, None]
-            first += int(hits[:, 0].sum())
-            among += int(hits.any(1).sum())
-            count += len(images)
-            bar.update(task, completed=count)
-    if not count:
-        raise source.too_many()
-    return Evaluated(
-        top1=first / count,
-        top5=among / count if width > 5 else None,
-        loss=loss / count,
-        images=count,
-        skipped=tuple(sorted(source.skipped)),
-    )
-
-
-def _labelled(
-    model: nn.Module, images: Images, max_unreadable: float | int
-) -> ImageSource:
-    """Make a source whose labels fit the model's scores."""
-    source = image_source(model, images, labelled=True, max_unreadable=max_unreadable)
-    scores = try_one(model, source.sample(8).images, source.where, scored=True)
-    if source.labels is not None:
-        _require_labels(source.labels, scores.shape[1])
-    if source.classes and len(source.classes) != scores.shape[1]:
-        raise DataError(
-            asked=f"labelled images from {source.where}",
-            found=f"it has {len(source.classes)} class subfolders and the model names "
-            f"{scores.shape[1]} classes",
-            why="a label is the position of its folder's name among all, sorted",
-            fix=f"Build the model with num_classes={len(source.classes)}, or give a "
-            "folder with every class.",
-        )
-    return source
-
-
-def _require_labels(labels: Tensor, width: int) -> None:
-    outside = labels[(labels < 0) | (labels >= width)]
-    if len(outside):
-        raise DataError(
-            asked=f"labels for a model of {width} classes",
-            found=f"{len(outside)} labels lie outside, {int(outside[0])} first",
-            fix=f"Use labels 0 to {width - 1}.",
-        )
-
-
-def _require_same_classes(ours: ImageSource, theirs: ImageSource) -> None:
-    if ours.classes and theirs.classes and ours.classes != theirs.classes:
-        differing = sorted(set(ours.classes) ^ set(theirs.classes))
-        raise DataError(
-            asked=f"validation on {theirs.where}",
-            found=f"its class subfolders differ: {', '.join(differing[:5])}",
-            why="a label is the position of its folder's name among all, sorted",
-            fix="Give the same subfolders in both.",
-        )
-
-
-def _require_finite(model: nn.Module, images: Tensor, scores: Tensor) -> None:
-    if not scores.isfinite().all():
-        paths = [site.path for site in find_host(model)[1]]
-        raise NonFiniteLoss(
-            asked="evaluating a model",
-            found="it gives scores that are not finite",
-            where=broken_block(model, images, paths) or "its last layers",
-            fix="Load good weights; in half types try float32.",
-        )
+def _require_sound(config: dict[str, Any]) -> None:
+    for name in ("epochs", "learning_rate"):
+        require_positive(name, config[name])
+    for name in ("weight_decay", "warmup_epochs"):
+        require_positive(name, config[name], zero=True)

@@ -7,7 +7,30 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-__all__ = ["Interrupts"]
+__all__ = ["Interrupts", "Stopped"]
+
+
+class Stopped(BaseException):
+    """A run was asked to stop, and stands where it can be left.
+
+    Args:
+        number: The signal that asked.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+    def leave(self) -> NoReturn:
+        """Do now what the signal asked for.
+
+        Raises:
+            KeyboardInterrupt: It was Ctrl-C.
+            SystemExit: It was SIGTERM; the status is the shell's 128 + 15.
+        """
+        if self.number == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + self.number) from None
 
 
 class Interrupts:
@@ -38,17 +61,6 @@ class Interrupts:
         trace: TracebackType | None,
     ) -> None:
         self._restore()
-
-    def leave(self) -> NoReturn:
-        """Do now what the signal asked for.
-
-        Raises:
-            KeyboardInterrupt: It was Ctrl-C.
-            SystemExit: It was SIGTERM; the status is the shell's 128 + 15.
-        """
-        if self.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + self.received)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number

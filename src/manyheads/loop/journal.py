@@ -1,27 +1,31 @@
 """The folder of a run: what it is, how far it got, and how to go on from there.
 
-    run/run.json                       the configuration; another one is refused
-    run/step-120.0/model.safetensors   the weights
-    run/step-120.0/state.pt            optimiser and position, tensors and plain values
-    run/step-120.0/sums.json           digests of the two, written last
+    run/run.json                         the configuration; another one is refused
+    run/step-120.0/model.safetensors     the weights
+    run/step-120.0/average.safetensors   their running average, if there is one
+    run/step-120.0/state.pt              optimiser and position: tensors, plain values
+    run/step-120.0/sums.json             digests of the others, written last
 
 A step is written under another name and moved to its place when it is whole and on
-the disk, so that a process that dies while writing leaves the step before it. Reading
-runs nobody's code.
+the disk, so that a process that dies while writing leaves the step before it. The last
+two are kept: should the newer one be damaged later, the run goes on from the older.
+Reading runs nobody's code.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import pickle
 import shutil
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
@@ -30,8 +34,9 @@ from manyheads.errors import CheckpointError
 
 __all__ = ["Journal"]
 
-FORMAT, VERSION = "manyheads.run", 1
-CARD, WEIGHTS, STATE, SUMS = "run.json", "model.safetensors", "state.pt", "sums.json"
+FORMAT, VERSION = "manyheads.run", 2
+CARD, STATE, SUMS = "run.json", "state.pt", "sums.json"
+KEPT = 2
 _DRAFT = ".writing-"
 _DAMAGE = (
     OSError,
@@ -90,18 +95,20 @@ class Journal:
 
     def close(self) -> None:
         """Let other processes use the folder."""
-        self._lock.close()
+        self._lock.release()
 
-    def write(self, model: nn.Module, position: int, state: dict[str, Any]) -> None:
-        """Keep weights and state of a step; the step kept before is removed.
+    def write(
+        self, models: Mapping[str, nn.Module], position: int, state: dict[str, Any]
+    ) -> None:
+        """Keep weights and state of a step, and the step kept before it.
 
         Args:
-            model: Its whole state dict is kept.
+            models: Each one's whole state dict is kept, in a file of its name.
             position: Steps done so far in the whole run.
             state: Tensors and plain values.
 
         Raises:
-            CheckpointError: The folder cannot be written; the step before is there.
+            CheckpointError: The folder cannot be written; the steps before are there.
         """
         earlier = self._steps()
         again = sum(_position(step)[0] == position for step in earlier)
@@ -110,46 +117,55 @@ class Journal:
         try:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir()
-            save_model(model, str(draft / WEIGHTS))
+            for name, model in models.items():
+                save_model(model, str(draft / f"{name}.safetensors"))
             torch.save(state, draft / STATE)
-            sums = {name: _digest(draft / name) for name in (WEIGHTS, STATE)}
+            sums = {file.name: _digest(file) for file in draft.iterdir()}
             (draft / SUMS).write_text(json.dumps(sums), encoding="utf-8")
             for file in draft.iterdir():
                 _flush(file)
             draft.rename(target)
             _flush(self.folder)
-            for step in earlier:
-                shutil.rmtree(step)
+            for step in earlier[: 1 - KEPT]:
+                # Under another name first, so that no half of it can be picked up.
+                step.rename(self.folder / f"{_DRAFT}{step.name}")
         except (OSError, SafetensorError, RuntimeError) as error:
             raise self._unwritable(error) from error
         finally:
             self._remove_drafts()
 
-    def read(self, model: nn.Module) -> dict[str, Any] | None:
-        """Bring the model back to the last step kept; None if there is none yet.
+    def read(self, models: Mapping[str, nn.Module]) -> dict[str, Any] | None:
+        """Bring models back to the last step kept; None if there is none yet.
+
+        A step that was cut short or altered after it was written is passed over with a
+        warning, for the one before it.
 
         Raises:
-            CheckpointError: The step was altered after it was written.
+            CheckpointError: No step that was kept is whole; the models are as before.
         """
-        steps = self._steps()
-        if not steps:
-            return None
-        last = steps[-1]
-        try:
-            sums = json.loads((last / SUMS).read_text(encoding="utf-8"))
-            whole = all(_digest(last / name) == sums[name] for name in (WEIGHTS, STATE))
-            if not whole:
-                raise ValueError("a file does not have the digest noted for it")
-            state: dict[str, Any] = torch.load(
-                last / STATE, map_location="cpu", weights_only=True
-            )
-            load_model(model, last / WEIGHTS, strict=True)
-        except _DAMAGE as error:
+        steps, problems = self._steps(), []
+        for step in reversed(steps):
+            try:
+                state = _read_step(step, models)
+            except _DAMAGE as error:
+                problems.append(f"{step.name} is cut short or altered: {error}")
+                continue
+            if problems:
+                warnings.warn(
+                    f"In run_dir={self.folder} {'; '.join(problems)}. The run goes on "
+                    f"from {step.name}.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                for damaged in steps[steps.index(step) + 1 :]:
+                    shutil.rmtree(damaged)
+            return state
+        if problems:
             raise self._error(
-                f"{last.name} is cut short or altered: {error}",
-                f"Remove {last} to start the run again.",
-            ) from error
-        return state
+                "; ".join(problems),
+                f"Remove {' and '.join(map(str, steps))} to start the run again.",
+            )
+        return None
 
     def _steps(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.*"), key=_position)
@@ -188,12 +204,12 @@ class Journal:
                 "Choose a new folder, or call it as it was called before.",
             )
 
-    def _take_lock(self) -> IO[str]:
-        lock = (self.folder / ".lock").open("w")
+    def _take_lock(self) -> FileLock:
+        # Other threads and forked loading processes must neither hold nor free it.
+        lock = FileLock(self.folder / ".lock", thread_local=False)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.close()
+            lock.acquire(timeout=0)
+        except Timeout as error:
             raise self._error(
                 "another process is running in it",
                 "Wait for it to end, or choose another run_dir.",
@@ -217,6 +233,21 @@ class Journal:
         return CheckpointError(asked=f"run_dir={self.folder}", found=found, fix=fix)
 
 
+def _read_step(step: Path, models: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Check every file before the first model is touched."""
+    files = {name: step / f"{name}.safetensors" for name in models}
+    sums = json.loads((step / SUMS).read_text(encoding="utf-8"))
+    for file in (*files.values(), step / STATE):
+        if _digest(file) != sums[file.name]:
+            raise ValueError(f"{file.name} does not have the digest noted for it")
+    state: dict[str, Any] = torch.load(
+        step / STATE, map_location="cpu", weights_only=True
+    )
+    for name, model in models.items():
+        load_model(model, files[name], strict=True)
+    return state
+
+
 def _position(step: Path) -> tuple[int, int]:
     """Read steps done and the number of the writing from a folder's name."""
     done, _, again = step.name.removeprefix("step-").partition(".")
@@ -225,7 +256,9 @@ def _position(step: Path) -> tuple[int, int]:
 
 def _flush(path: Path) -> None:
     """Wait until a file or a folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders.
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

@@ -2,7 +2,7 @@
 
 It steps, clips, warms up and cools down, shows how far it is, notices a loss that is
 not finite before it reaches the weights, and can stop anywhere and go on. Devices and
-processes are Hugging Face accelerate's business; for now there is one process.
+processes are Hugging Face accelerate's business.
 
 Nothing random carries over from step to step: every step, every epoch's order and
 every image's augmentation is seeded from the run's seed and its own number. That is
@@ -13,44 +13,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
+from rich.progress import Progress
 from torch import nn
 
-from manyheads.data import Batch, ImageSource, mix
-from manyheads.errors import InvalidOption, MissingExtra, NonFiniteLoss
-from manyheads.loop.interrupts import Interrupts
+from manyheads.data import ImageSource, mix
+from manyheads.errors import InvalidOption
+from manyheads.loop.averaging import Average
+from manyheads.loop.devices import Processes, require_precision
+from manyheads.loop.feeding import portions
+from manyheads.loop.interrupts import Interrupts, Stopped
 from manyheads.loop.journal import Journal
+from manyheads.loop.logs import Logbook, Speed, progress_bar
+from manyheads.loop.position import Position
+from manyheads.loop.rates import optimizer_and_schedule
 from manyheads.loop.stages import RunOptions, Stage, StageRecord
-from manyheads.loop.weights import Keeper, free_only, keeping_modes
+from manyheads.loop.updates import Updater
+from manyheads.loop.weights import free_only, keeping_modes, keeping_randomness
 
-__all__ = ["Run", "progress_bar"]
-
-
-@dataclass
-class _Position:
-    """How far a run is; what of it is not in the weights goes into the state file."""
-
-    stage: int = 0
-    step: int = 0
-    total: int = 0
-    finished: bool = False
-    seconds: float = 0.0
-    loss_sum: float = 0.0
-    loss_count: int = 0
-    losses: list[float] = field(default_factory=list)
-    measured: list[dict[str, float]] = field(default_factory=list)
-    records: list[dict[str, Any]] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+__all__ = ["Run"]
 
 
 class Run:
@@ -61,15 +47,19 @@ class Run:
                 run.perform(Stage(...))
                 run.finish()
 
+    Launched as several processes, each of them makes the same run.
+
     Args:
         model: The model that moves, in place.
         source: Its images.
         options: How it runs.
         config: What makes this run this run, as JSON values; compared with the folder.
+        beside: Models that are only read; they go to the run's device with it.
 
     Raises:
-        MissingExtra: accelerate is not installed.
-        InvalidOption: It was launched as several processes.
+        MissingExtra: accelerate, or TensorBoard where it was asked for, is missing.
+        InvalidOption: The batch is too small for the processes, or the device lacks
+            the precision.
         CheckpointError: See `Journal`.
     """
 
@@ -79,36 +69,49 @@ class Run:
         source: ImageSource,
         options: RunOptions,
         config: Mapping[str, Any],
+        *,
+        beside: Sequence[nn.Module] = (),
     ) -> None:
         self.model, self.source, self.options = model, source, options
-        self.accelerator = _accelerator()
+        self._beside = tuple(beside)
+        self.processes = Processes()
+        self._require_enough_images()
         self._journal: Journal | None = None
         if options.run_dir is not None:
-            ours = {
-                "images": source.identity,
-                "batch_size": options.batch_size,
-                "seed": options.seed,
-                "max_grad_norm": options.max_grad_norm,
-            }
-            self._journal = Journal(options.run_dir, {**config, **ours})
-        self._position = _Position()
-        self._optimizer_state: dict[str, Any] | None = None
+            folder = options.run_dir
+            ours = {"images": source.identity, "processes": self.processes.count}
+            told = {**config, **ours, **options.identity()}
+            self._journal = self.processes.on_main(lambda: Journal(folder, told))
+        self._position = Position()
+        self._average: Average | None = None
+        self._updater_state: dict[str, Any] | None = None
         self._stages_seen = 0
-        self._interrupts = Interrupts(active=self._journal is not None)
+        self._interrupts = Interrupts(active=options.run_dir is not None)
         self._clock = time.monotonic()
+        self._held = ExitStack()
+        self._logbook: Logbook
 
     def __enter__(self) -> Run:
         try:
-            state = self._journal.read(self.model) if self._journal else None
+            self._held.callback(self._close)
+            self._held.enter_context(
+                self.processes.placed(self.model, *self._beside),
+            )
+            require_precision(self.model, self.options.precision)
+            self._go_on()
+            folder = self.options.run_dir if self.processes.is_main else None
+            self._logbook = Logbook(
+                None if folder is None else Path(folder),
+                tensorboard=self.options.tensorboard and self.processes.is_main,
+                kept=self._position.lines,
+                step=self._position.total,
+            )
+            self._held.callback(self._logbook.close)
         except BaseException:
-            self._close()
+            self._held.close()
             raise
-        if state is not None:
-            self._optimizer_state = state.pop("optimizer")
-            self._position = _Position(**state)
-            self.source.skipped.update(self._position.skipped)
         self._clock = time.monotonic() - self._position.seconds
-        self._interrupts.__enter__()
+        self._held.enter_context(self._interrupts)
         return self
 
     def __exit__(
@@ -117,8 +120,9 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._interrupts.__exit__(kind, error, trace)
-        self._close()
+        self._held.close()
+        if isinstance(error, Stopped):
+            error.leave()
 
     @property
     def finished(self) -> bool:
@@ -138,22 +142,25 @@ class Run:
     @property
     def records(self) -> tuple[StageRecord, ...]:
         """What happened in the stages done so far."""
-        return tuple(
-            StageRecord(
-                name=record["name"],
-                steps=record["steps"],
-                losses=tuple(record["losses"]),
-                measured=tuple(record["measured"]),
-            )
-            for record in self._position.records
-        )
+        return self._position.told()
+
+    def received(self) -> int:
+        """Give the signal that asked this process to stop, or 0."""
+        return self._interrupts.received
+
+    def settle(self) -> None:
+        """Give the model the averaged weights, if there are any, for good."""
+        if self._average is not None and not self._position.settled:
+            self._average.settle()
+        self._position.settled = True
 
     def finish(self) -> None:
         """Note that all is done, so that the same call returns at once."""
+        self.settle()
         self._position.finished = True
         self._save(None)
         if self._interrupts.received:
-            self._interrupts.leave()
+            raise Stopped(self._interrupts.received)
 
     def perform(self, stage: Stage) -> None:
         """Follow one stage to its end; does nothing where it was done before.
@@ -167,192 +174,197 @@ class Run:
         number, self._stages_seen = self._stages_seen, self._stages_seen + 1
         if number < self._position.stage:
             return
-        device = next(self.model.parameters()).device
-        cuda = [device] if device.type == "cuda" else []
+        show = self.options.progress and self.processes.is_main
         with (
             keeping_modes(self.model),
-            torch.random.fork_rng(devices=cuda),
-            progress_bar(self.options.progress) as bar,
+            keeping_randomness(next(self.model.parameters()).device),
+            progress_bar(show) as bar,
         ):
             free_only(self.model, stage.trains)
-            self._follow(stage, bar)
-        here = self._position
-        record = {"name": stage.name, "steps": here.step}
-        here.records.append(record | {"losses": here.losses, "measured": here.measured})
-        here.stage, here.step, here.losses, here.measured = number + 1, 0, [], []
+            overflows = self._follow(stage, bar)
+        self._position.end_stage(stage.name, overflows)
         self._save(None)
 
-    def _follow(self, stage: Stage, bar: Progress) -> None:
+    def _follow(self, stage: Stage, bar: Progress) -> int:
+        """Do the steps that are left, and give the number of overflows of all."""
         here, size = self._position, self.options.batch_size
         per_epoch = math.ceil(len(self.source) / size)
         total = per_epoch * stage.epochs
         if not total:
-            return
-        optimizer = create_optimizer_v2(
+            return 0
+        optimizer, schedule = optimizer_and_schedule(
+            self.model, stage, self.options, per_epoch
+        )
+        updater = Updater(
             self.model,
-            opt="adamw",
-            lr=stage.learning_rate,
-            weight_decay=stage.weight_decay,
-        )
-        schedule = CosineLRScheduler(
+            stage,
+            self.source,
+            self.options,
+            self.processes,
             optimizer,
-            t_initial=total,
-            warmup_t=min(total - 1, round(stage.warmup_epochs * per_epoch)),
-            warmup_lr_init=stage.learning_rate / 100,
-            t_in_epochs=False,
+            total,
         )
-        if self._optimizer_state is not None:
-            optimizer.load_state_dict(self._optimizer_state)
-            self._optimizer_state = None
-        optimizer = self.accelerator.prepare_optimizer(optimizer)
-        keeper = Keeper(self.model)
+        if self._updater_state is not None:
+            updater.restore(self._updater_state)
+            self._updater_state = None
         task = bar.add_task(stage.name, total=total, completed=here.step, told="")
-        speed = _Speed()
-        seed = mix(self.options.seed, stage.name)
+        speed, seed = Speed(), mix(self.options.seed, stage.name)
+        self._end_epoch(stage, updater, per_epoch)
         while here.step < total:
             epoch, within = divmod(here.step, per_epoch)
-            for batch in self.source.batches(
+            for batch, images, stop in portions(
+                self.processes,
+                self.source,
                 self.source.order(seed, epoch),
                 size,
                 start=within,
                 augment_seed=mix(seed, epoch) if stage.augment else None,
                 num_workers=self.options.num_workers,
+                received=self.received,
             ):
+                if stop:
+                    self._save(updater)
+                    raise Stopped(stop)
                 schedule.step_update(here.step)
-                torch.manual_seed(mix(seed, "step", here.step))
-                if len(batch.images):
-                    loss = self._step(stage, batch, optimizer, keeper, total)
-                    here.loss_sum += loss
-                    here.loss_count += 1
-                    rate = speed.images_per_second(len(batch.images))
-                    bar.update(task, told=f"loss {loss:.4g}  {rate:,.0f} images/s")
+                if images:
+                    seed_of_step = mix(seed, "step", here.step)
+                    loss = updater.step(batch, images, seed_of_step, here.step)
+                    self._after_update(loss)
+                    rate = speed.images_per_second(images)
+                    told = stage.told() if stage.told is not None else ""
+                    told = f"loss {loss:.4g}  {told}{rate:,.0f} images/s"
+                    bar.update(task, told=told)
                 here.step += 1
                 here.total += 1
                 bar.advance(task)
-                if here.step % per_epoch == 0:
-                    self._end_epoch(stage, here.step // per_epoch)
-                self._after_step(optimizer, keeper, stage, total)
+                self._log_step(stage, optimizer, speed, per_epoch)
+                self._end_epoch(stage, updater, per_epoch)
+                if here.step % self.options.checkpoint_every == 0 and here.step < total:
+                    self._save(updater)
+        return updater.overflows
 
-    def _step(
-        self, stage: Stage, batch: Batch, optimizer: Any, keeper: Keeper, total: int
-    ) -> float:
-        parts = stage.loss(batch)
-        loss = torch.stack([part.float() for part in parts.values()]).sum()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            where = stage.blame(batch)
-            keeper.restore()
-            raise self._not_finite(stage, total, f"the loss is {value}", where)
-        optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
-        moving = [p for p in self.model.parameters() if p.grad is not None]
-        norm = self.accelerator.clip_grad_norm_(moving, self.options.max_grad_norm)
-        if not math.isfinite(float(norm)):
-            where = next(
-                name
-                for name, p in self.model.named_parameters()
-                if p.grad is not None and not p.grad.isfinite().all()
-            )
-            optimizer.zero_grad(set_to_none=True)
-            raise self._not_finite(stage, total, f"the gradient is {norm}", where)
-        keeper.keep()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return value
-
-    def _end_epoch(self, stage: Stage, done: int) -> None:
+    def _after_update(self, loss: float) -> None:
         here = self._position
+        here.loss_sum += loss
+        here.loss_count += 1
+        here.recent_sum += loss
+        here.recent_count += 1
+        if self._average is not None:
+            self._average.update(here.total + 1)
+
+    def _log_step(
+        self, stage: Stage, optimizer: Any, speed: Speed, per_epoch: int
+    ) -> None:
+        here = self._position
+        if here.step % self.options.log_every or not here.recent_count:
+            return
+        line = {
+            "stage": stage.name,
+            "epoch": here.step / per_epoch,
+            "step": here.total,
+            "loss": here.recent_sum / here.recent_count,
+            "learning_rate": max(group["lr"] for group in optimizer.param_groups),
+            "images_per_second": round(speed.rate, 1),
+            "seconds": round(time.monotonic() - self._clock, 1),
+        }
+        here.recent_sum, here.recent_count = 0.0, 0
+        self._logbook.note("steps", here.total, line)
+
+    def _end_epoch(self, stage: Stage, updater: Updater, per_epoch: int) -> None:
+        """Measure and note an epoch, if one is over and was not noted yet."""
+        here = self._position
+        done, within = divmod(here.step, per_epoch)
+        if within or done == len(here.losses):
+            return
+        updater.require_finite_weights(here.step - 1)
+        self._spread_buffers()
+        try:
+            measured = self._measure(stage, done)
+        except Stopped:
+            self._save(updater)
+            raise
         here.losses.append(here.loss_sum / max(1, here.loss_count))
         here.loss_sum, here.loss_count = 0.0, 0
-        if stage.after_epoch is not None:
-            here.measured.append(stage.after_epoch(done))
+        if measured is not None:
+            here.measured.append(measured)
+        line = {
+            "stage": stage.name,
+            "epoch": done,
+            "step": here.total,
+            "loss": here.losses[-1],
+            "seconds": round(time.monotonic() - self._clock, 1),
+        }
+        told = {f"validation_{name}": x for name, x in (measured or {}).items()}
+        self._logbook.note("epochs", here.total, line | told)
 
-    def _after_step(
-        self, optimizer: Any, keeper: Keeper, stage: Stage, total: int
-    ) -> None:
-        """Save where it is time for that; leave where that was asked for."""
+    def _measure(self, stage: Stage, done: int) -> dict[str, float] | None:
+        """Ask what the stage measures, of the weights and then of their average."""
+        if stage.after_epoch is None:
+            return None
+        measured = stage.after_epoch(done)
+        if self._average is not None:
+            with self._average.worn():
+                averaged = stage.after_epoch(done)
+            measured |= {f"average_{name}": x for name, x in averaged.items()}
+        return measured
+
+    def _models(self) -> dict[str, nn.Module]:
+        """Give what is kept as weights, by the name of its file."""
+        models = {"model": self.model}
+        if self._average is not None:
+            models["average"] = self._average.module
+        return models
+
+    def _go_on(self) -> None:
+        """Take up the run where the folder left it; give all processes the same."""
+        if self.options.ema_decay is not None:
+            self._average = Average(self.model, self.options.ema_decay)
+        if self.options.run_dir is not None:
+            state = self.processes.tell(self.processes.on_main(self._read))
+            if state is not None:
+                self._updater_state = state.pop("updater")
+                self._position = Position(**state)
+                self.source.skipped.update(self._position.skipped)
+        for model in self._models().values():
+            self.processes.spread(list(model.state_dict().values()))
+
+    def _read(self) -> dict[str, Any] | None:
+        return None if self._journal is None else self._journal.read(self._models())
+
+    def _save(self, updater: Updater | None) -> None:
         here = self._position
-        due = here.step % self.options.checkpoint_every == 0 and self._journal
-        if due or here.step == total or self._interrupts.received:
-            broken = keeper.first_broken()
-            if broken:
-                keeper.restore()
-                raise self._not_finite(
-                    stage, total, "the update made weights that are not finite", broken
-                )
-        if self._interrupts.received:
-            self._save(optimizer)
-            self._interrupts.leave()
-        elif due and here.step < total:
-            self._save(optimizer)
-
-    def _not_finite(
-        self, stage: Stage, total: int, found: str, where: str
-    ) -> NonFiniteLoss:
-        return NonFiniteLoss(
-            asked=f"stage {stage.name!r}, step {self._position.step + 1} of {total}",
-            found=found,
-            where=where,
-            why="one such step would spoil every weight",
-            fix="The model keeps the last weights whose loss was finite. Use a lower "
-            f"learning rate than {stage.learning_rate:g}, a longer warm-up, or look "
-            "at the images of this step.",
-        )
-
-    def _save(self, optimizer: Any) -> None:
-        here = self._position
+        if updater is not None:
+            updater.require_finite_weights(here.step - 1)
         here.seconds = time.monotonic() - self._clock
         here.skipped = dict(self.source.skipped)
+        if self.options.run_dir is not None:
+            self.processes.on_main(lambda: self._write(updater))
+
+    def _write(self, updater: Updater | None) -> None:
+        self._logbook.flush()
+        here = self._position
+        here.lines = dict(self._logbook.kept)
+        state = dict(vars(here))
+        state["updater"] = None if updater is None else updater.state()
         if self._journal is not None:
-            state = dict(vars(here))
-            state["optimizer"] = None if optimizer is None else optimizer.state_dict()
-            self._journal.write(self.model, here.total, state)
+            self._journal.write(self._models(), here.total, state)
+
+    def _spread_buffers(self) -> None:
+        """Let all processes have the main one's statistics of batch norms."""
+        for model in self._models().values():
+            self.processes.spread(list(model.buffers()))
+
+    def _require_enough_images(self) -> None:
+        size, count = self.options.batch_size, self.processes.count
+        if size < count * self.options.accumulation:
+            raise InvalidOption(
+                asked=f"batch_size={size}, accumulation={self.options.accumulation} "
+                f"in {count} processes",
+                found="some of them would never get an image",
+                why="a batch is what all processes see together in one step",
+                fix=f"Use batch_size={count * self.options.accumulation} or more.",
+            )
 
     def _close(self) -> None:
         if self._journal is not None:
             self._journal.close()
-
-
-class _Speed:
-    """Images per second, smoothed over the last steps."""
-
-    def __init__(self) -> None:
-        self.last, self.seconds = time.monotonic(), 0.0
-
-    def images_per_second(self, count: int) -> float:
-        now = time.monotonic()
-        each, self.last = (now - self.last) / count, now
-        self.seconds = 0.9 * self.seconds + 0.1 * each if self.seconds else each
-        return 1.0 / max(self.seconds, 1e-9)
-
-
-def progress_bar(enabled: bool) -> Progress:
-    """Make a progress bar on the error stream, so that output can be piped."""
-    return Progress(
-        TextColumn("{task.description:>12}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}  {task.fields[told]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not enabled,
-    )
-
-
-def _accelerator() -> Any:
-    try:
-        from accelerate import Accelerator
-    except ImportError as error:
-        raise MissingExtra(
-            asked="healing or training",
-            found="accelerate, which runs it, is not installed",
-            fix='pip install "manyheads[train]"',
-        ) from error
-    # Models and images stay where the user put the model.
-    accelerator = Accelerator(device_placement=False)
-    if accelerator.num_processes > 1:
-        raise InvalidOption(
-            asked=f"a run of {accelerator.num_processes} processes",
-            found="this version heals and trains in one process",
-            fix="Start it without a launcher.",
-        )
-    return accelerator

@@ -6,13 +6,21 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from manyheads.data import Batch
 from manyheads.errors import InvalidOption
 
-__all__ = ["Losses", "RunOptions", "Stage", "StageRecord", "require_positive"]
+__all__ = [
+    "Losses",
+    "RunOptions",
+    "Stage",
+    "StageRecord",
+    "require_positive",
+    "require_share",
+]
 
 Losses = Mapping[str, Tensor]
 """Parts of a loss by the place they belong to; their sum is made small."""
@@ -34,7 +42,9 @@ class Stage:
         loss: Gives the loss of a batch in parts.
         blame: Names the place at which a batch stops being finite.
         augment: Whether pictures get random crops and flips.
-        after_epoch: Called with the number of epochs done; what it gives is recorded.
+        after_epoch: Called with the number of epochs done; what it gives is recorded,
+            so in runs of several processes it has to be the same in all.
+        told: Gives what the progress bar shows beside the loss.
     """
 
     name: str
@@ -47,6 +57,7 @@ class Stage:
     blame: Callable[[Batch], str]
     augment: bool
     after_epoch: Callable[[int], dict[str, float]] | None = None
+    told: Callable[[], str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +68,16 @@ class StageRecord:
         name: Name of the stage.
         steps: Updates of the weights.
         losses: Mean loss of each epoch.
-        measured: What was measured after each epoch, if anything was.
+        measured: What was measured after each epoch, if anything was; names of what
+            was measured on averaged weights begin with "average_".
+        overflows: Updates that float16 was too narrow for and that were left out.
     """
 
     name: str
     steps: int
     losses: tuple[float, ...]
     measured: tuple[dict[str, float], ...] = ()
+    overflows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +85,21 @@ class RunOptions:
     """How the loop runs, whatever it optimises.
 
     Attributes:
-        batch_size: Images per step.
+        batch_size: Images per step, all processes together.
         seed: What all randomness of the run comes from.
         run_dir: Folder that makes the run resumable, or None.
         progress: Whether a progress bar is shown, on the error stream.
         num_workers: Processes that load images; 0 for this one.
         checkpoint_every: Steps between two writings to `run_dir`.
-        max_grad_norm: Length to which longer gradients are cut.
+        max_grad_norm: Length to which longer gradients are cut; None for any length.
+        accumulation: Parts into which a process cuts its images of a step; they go
+            through the model one after another, which saves memory.
+        precision: Type of matrix products: "fp32", "bf16" or "fp16".
+        ema_decay: Decay of a running average of the weights; None for no average.
+        layer_decay: Factor by which the learning rate falls from layer to layer, from
+            the classifier down; None for one rate.
+        log_every: Steps between two lines of steps.csv.
+        tensorboard: Whether to write TensorBoard events to `run_dir`.
     """
 
     batch_size: int
@@ -86,11 +108,40 @@ class RunOptions:
     progress: bool
     num_workers: int
     checkpoint_every: int
-    max_grad_norm: float | int
+    max_grad_norm: float | int | None
+    accumulation: int = 1
+    precision: str = "fp32"
+    ema_decay: float | int | None = None
+    layer_decay: float | int | None = None
+    log_every: int = 10
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "checkpoint_every"):
+        for name in ("batch_size", "checkpoint_every", "accumulation", "log_every"):
             require_positive(name, getattr(self, name))
+        if self.max_grad_norm is not None:
+            require_positive("max_grad_norm", self.max_grad_norm)
+        for name in ("ema_decay", "layer_decay"):
+            require_share(name, getattr(self, name))
+
+    def identity(self) -> dict[str, Any]:
+        """Give what makes a run another run, as JSON values."""
+        names = ("batch_size", "seed", "max_grad_norm", "accumulation", "precision")
+        return {n: getattr(self, n) for n in (*names, "ema_decay", "layer_decay")}
+
+
+def require_share(name: str, value: float | int | None) -> None:
+    """Refuse a factor that is neither None nor strictly between 0 and 1.
+
+    Raises:
+        InvalidOption: It is not.
+    """
+    if value is not None and not 0 < value < 1:
+        raise InvalidOption(
+            asked=f"{name}={value}",
+            found="it must lie between 0 and 1, both excluded",
+            fix="Leave it out for none.",
+        )
 
 
 def require_positive(name: str, value: float | int, *, zero: bool = False) -> None:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Keeper", "fingerprint", "free_only", "keeping_modes"]
+__all__ = [
+    "Keeper",
+    "fingerprint",
+    "free_only",
+    "keeping_modes",
+    "keeping_randomness",
+    "seed_all",
+]
 
 
 class Keeper:
@@ -50,6 +59,25 @@ def keeping_modes(*models: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, requires_grad in parameters:
             parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def keeping_randomness(device: torch.device) -> Iterator[None]:
+    """Give the generators of torch, numpy and Python back as they were."""
+    plain, array = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(plain)
+            np.random.set_state(array)
+
+
+def seed_all(seed: int) -> None:
+    """Seed whatever a model may draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def free_only(model: nn.Module, paths: tuple[str, ...]) -> None:

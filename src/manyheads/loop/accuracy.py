@@ -1,0 +1,206 @@
+"""How well a model names labelled images, in one process or in many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manyheads.data import Images, ImageSource, image_source
+from manyheads.errors import DataError, ManyheadsError, NonFiniteLoss
+from manyheads.hosts import find_host, respond
+from manyheads.loop.devices import Processes, autocast
+from manyheads.loop.feeding import portions
+from manyheads.loop.interrupts import Stopped
+from manyheads.loop.logs import progress_bar
+from manyheads.loop.probes import broken_block, like, try_one
+from manyheads.loop.weights import keeping_modes
+
+__all__ = [
+    "Evaluated",
+    "labelled_source",
+    "measure",
+    "require_labels",
+    "require_same_classes",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """How well a model names labelled images.
+
+    Attributes:
+        top1: Share of images whose label has the highest score.
+        top5: Share of images whose label is among the five highest scores; None for
+            models of five classes or fewer.
+        loss: Mean cross-entropy in nats.
+        images: Images that were looked at.
+        skipped: Pictures that could not be read.
+    """
+
+    top1: float
+    top5: float | None
+    loss: float
+    images: int
+    skipped: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Give everything as JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        top5 = "" if self.top5 is None else f", top-5 {self.top5:.2%}"
+        skipped = f" ({len(self.skipped)} skipped)" if self.skipped else ""
+        return (
+            f"top-1 {self.top1:.2%}{top5}, loss {self.loss:.4f} "
+            f"on {self.images:,} images{skipped}"
+        )
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    source: ImageSource,
+    processes: Processes,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    precision: str = "fp32",
+    progress: bool = False,
+    received: Callable[[], int] = lambda: 0,
+) -> Evaluated:
+    """Count hits over all images, each in one process only.
+
+    Args:
+        model: A hosted model; it keeps its training flags.
+        source: Labelled images.
+        processes: Who shares the images; all of them get the same answer.
+        batch_size: Images at a time, all processes together.
+        num_workers: Loading processes of each process.
+        precision: Type of matrix products.
+        progress: Whether the main process shows a progress bar.
+        received: Gives the signal that asked this process to stop, or 0.
+
+    Raises:
+        DataError: No picture can be read, or labels do not fit the scores.
+        NonFiniteLoss: The model gives scores that are not finite.
+    """
+    show = progress and processes.is_main
+    sums, width, problem = [0.0, 0.0, 0.0, 0.0], 0, None
+    with keeping_modes(model), progress_bar(show) as bar:
+        model.eval()
+        task = bar.add_task("evaluate", total=len(source), told="images")
+        for batch, images, stop in portions(
+            processes,
+            source,
+            range(len(source)),
+            batch_size,
+            num_workers=num_workers,
+            received=received,
+        ):
+            if stop:
+                raise Stopped(stop)
+            if len(batch.images) and problem is None:
+                try:
+                    with autocast(model, precision):
+                        scores = respond(model, like(batch.images, model)).float()
+                    counted = _count(model, batch.images, scores, batch.labels)
+                    sums = [a + b for a, b in zip(sums, counted, strict=True)]
+                    width = scores.shape[1]
+                except ManyheadsError as error:
+                    problem = error
+            bar.advance(task, images)
+            if processes.count == 1:
+                processes.agree(problem)
+    processes.agree(problem)
+    loss, first, among, count = processes.sum(*sums)
+    width = max(processes.gather(width))
+    if not count:
+        raise source.too_many()
+    return Evaluated(
+        top1=first / count,
+        top5=among / count if width > 5 else None,
+        loss=loss / count,
+        images=int(count),
+        skipped=tuple(sorted(source.skipped)),
+    )
+
+
+def labelled_source(
+    model: nn.Module, images: Images, max_unreadable: float | int
+) -> ImageSource:
+    """Make a source whose labels fit the model's scores.
+
+    Raises:
+        DataError: The images are missing, unreadable, unlabelled, labelled beyond the
+            model's classes, or not what the model takes.
+    """
+    source = image_source(model, images, labelled=True, max_unreadable=max_unreadable)
+    scores = try_one(model, source.sample(8).images, source.where, scored=True)
+    if source.labels is not None:
+        require_labels(source.labels, scores.shape[1])
+    if source.classes and len(source.classes) != scores.shape[1]:
+        raise DataError(
+            asked=f"labelled images from {source.where}",
+            found=f"it has {len(source.classes)} class subfolders and the model names "
+            f"{scores.shape[1]} classes",
+            why="a label is the position of its folder's name among all, sorted",
+            fix=f"Build the model with num_classes={len(source.classes)}, or give a "
+            "folder with every class.",
+        )
+    return source
+
+
+def require_labels(labels: Tensor, width: int) -> None:
+    """See that labels are classes of the model.
+
+    Raises:
+        DataError: One of them is not.
+    """
+    outside = labels[(labels < 0) | (labels >= width)]
+    if len(outside):
+        raise DataError(
+            asked=f"labels for a model of {width} classes",
+            found=f"{len(outside)} labels lie outside, {int(outside[0])} first",
+            fix=f"Use labels 0 to {width - 1}.",
+        )
+
+
+def require_same_classes(ours: ImageSource, theirs: ImageSource) -> None:
+    """See that a label means the same in both sources.
+
+    Raises:
+        DataError: Their class subfolders differ.
+    """
+    if ours.classes and theirs.classes and ours.classes != theirs.classes:
+        differing = sorted(set(ours.classes) ^ set(theirs.classes))
+        raise DataError(
+            asked=f"validation on {theirs.where}",
+            found=f"its class subfolders differ: {', '.join(differing[:5])}",
+            why="a label is the position of its folder's name among all, sorted",
+            fix="Give the same subfolders in both.",
+        )
+
+
+def _count(
+    model: nn.Module, images: Tensor, scores: Tensor, labels: Tensor
+) -> tuple[float, int, int, int]:
+    """Give summed loss, hits, hits among five, and images of one batch."""
+    width = scores.shape[1]
+    require_labels(labels, width)
+    if not scores.isfinite().all():
+        paths = [site.path for site in find_host(model)[1]]
+        raise NonFiniteLoss(
+            asked="evaluating a model",
+            found="it gives scores that are not finite",
+            where=broken_block(model, images, paths) or "its last layers",
+            fix="Load good weights; in half types try float32.",
+        )
+    labels = labels.to(scores.device)
+    loss = float(F.cross_entropy(scores, labels, reduction="sum"))
+    hits = scores.topk(min(5, width)).indices == labels[:, None]
+    return loss, int(hits[:, 0].sum()), int(hits.any(1).sum()), len(images)

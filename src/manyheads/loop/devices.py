@@ -1,0 +1,224 @@
+"""The processes of a run and their devices, over Hugging Face accelerate.
+
+A run means the same in one process and in many: a batch is what all processes see
+together, and each takes its share of it. Only the first process, the main one, writes
+and shows anything. Whoever fails tells the others, so that nobody waits in vain.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from manyheads.errors import InvalidOption, MissingExtra
+
+__all__ = ["PRECISIONS", "Processes", "autocast", "require_precision"]
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_T = TypeVar("_T")
+
+
+class Processes:
+    """The processes that share a run: how many, which one this is, and what they say.
+
+    Args:
+        verb: What they do, for messages.
+        required: Whether accelerate is needed even for a process that is alone.
+
+    Attributes:
+        count: How many there are.
+        index: Which one this is, from 0.
+        device: Where this process computes, if there are several.
+
+    Raises:
+        MissingExtra: accelerate is not installed, and is needed.
+        InvalidOption: The launcher promised other processes than there are.
+    """
+
+    def __init__(self, verb: str = "healing or training", *, required: bool = True):
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        self.count, self.index = 1, 0
+        self._accelerator: Any = None
+        if required or launched > 1:
+            self._accelerator = _accelerator(verb)
+            self.count = self._accelerator.num_processes
+            self.index = self._accelerator.process_index
+        if self.count != launched:
+            raise InvalidOption(
+                asked=f"a run of {launched} processes, says WORLD_SIZE",
+                found=f"accelerate found {self.count}",
+                fix="Start it with torchrun --nproc-per-node 2.",
+            )
+        if self.count == 1:
+            _warn_of_a_lone_process()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and shows."""
+        return self.index == 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes and communicates."""
+        if self._accelerator is None:
+            return torch.device("cpu")
+        device: torch.device = self._accelerator.device
+        return device
+
+    @contextmanager
+    def placed(self, *models: nn.Module) -> Iterator[None]:
+        """Bring models to this process's own device, and back at the end.
+
+        A process that is alone computes where the user put the model.
+        """
+        before = [next(model.parameters()).device for model in models]
+        moved = [
+            (model, device)
+            for model, device in zip(models, before, strict=True)
+            if self.count > 1 and device.type != self.device.type
+        ]
+        for model, _ in moved:
+            model.to(self.device)
+        try:
+            yield
+        finally:
+            for model, device in moved:
+                model.to(device)
+
+    def share(self, order: Sequence[int], batch_size: int) -> tuple[list[int], int]:
+        """Give this process's part of an epoch, and its part of a whole batch.
+
+        Every batch is dealt out one by one. Only in the last, smaller one can shares
+        differ by more than one image from those before; they can be empty.
+        """
+        mine = [
+            position
+            for at in range(0, len(order), batch_size)
+            for position in order[at : at + batch_size][self.index :: self.count]
+        ]
+        return mine, len(range(self.index, batch_size, self.count))
+
+    def sum(self, *values: float | int) -> list[float]:
+        """Add up each number over all processes; every process has to ask."""
+        if self.count == 1:
+            return [float(value) for value in values]
+        device = self.device
+        # Counts must be exact and MPS knows no float64.
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        held = torch.tensor(values, dtype=kind, device=device)
+        total: list[float] = self._accelerator.reduce(held, "sum").tolist()
+        return total
+
+    def gather(self, value: _T) -> list[_T]:
+        """Give what every process says, in order; every process has to ask."""
+        if self.count == 1:
+            return [value]
+        said: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(said, value)
+        return said
+
+    def tell(self, value: _T) -> _T:
+        """Give everybody what the main process says."""
+        if self.count == 1:
+            return value
+        held = [value]
+        torch.distributed.broadcast_object_list(held, device=self.device)
+        return held[0]
+
+    def on_main(self, act: Callable[[], _T]) -> _T | None:
+        """Let the main process do something; if it fails, all of them fail alike."""
+        result, problem = None, None
+        if self.is_main:
+            try:
+                result = act()
+            except Exception as error:
+                if self.count == 1:
+                    raise
+                problem = error
+        self.agree(problem)
+        return result
+
+    def agree(self, problem: Exception | None) -> None:
+        """Raise in all processes what went wrong in any; every process has to ask."""
+        for said in self.gather(problem):
+            if said is not None:
+                raise said
+
+    @torch.no_grad()
+    def spread(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Give every process the main one's values."""
+        if self.count > 1:
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor.detach(), src=0)
+
+    def averaging(self, objective: nn.Module) -> nn.Module:
+        """Wrap a module so that gradients are averaged over all processes."""
+        if self.count == 1:
+            return objective
+        wrapped: nn.Module = self._accelerator.prepare_model(objective)
+        self._accelerator.free_memory()
+        return wrapped
+
+
+@contextmanager
+def autocast(model: nn.Module, precision: str) -> Iterator[None]:
+    """Compute matrix products in a half type; weights stay as they are."""
+    dtype, device = PRECISIONS[precision], next(model.parameters()).device.type
+    with torch.autocast(device, dtype, enabled=dtype is not None):
+        yield
+
+
+def require_precision(model: nn.Module, precision: str) -> None:
+    """See that this model can be trained at this precision.
+
+    Raises:
+        InvalidOption: The name is unknown, or the device lacks the type.
+    """
+    device = next(model.parameters()).device.type
+    problem = None
+    if precision not in PRECISIONS:
+        problem = "there is no such precision"
+    elif device == "cuda" and precision == "bf16" and not _has_bf16():
+        problem = "this GPU has no bfloat16"
+    if problem:
+        raise InvalidOption(
+            asked=f"precision={precision!r}",
+            found=problem,
+            fix=f"Choose from {', '.join(PRECISIONS)}.",
+        )
+
+
+def _has_bf16() -> bool:
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def _accelerator(verb: str) -> Any:
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise MissingExtra(
+            asked=verb,
+            found="accelerate, which runs it, is not installed",
+            fix='pip install "manyheads[train]"',
+        ) from error
+    # Models stay where the user put them; precision is set for each run, whereas
+    # accelerate's holds for the whole process.
+    return Accelerator(device_placement=False, mixed_precision="no")
+
+
+def _warn_of_a_lone_process() -> None:
+    """Say aloud what `accelerate launch --cpu --num_processes 2` does in silence."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        warnings.warn(
+            "accelerate launch started one process; with --cpu it passes over "
+            "--num_processes. Start several with torchrun --nproc-per-node 2.",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,219 @@
+"""One step: from the images of a batch to new weights.
+
+    loss      of process p, part k      mean over its n_pk images
+    weight    n_pk / N                  N images in all processes and parts together
+    gradient  sum over p and k          so it is that of the mean over all N images
+
+Wherever an image is worked on, it counts the same: shares may be uneven, and images
+that could not be read are simply not there. Losses must be means over images for that.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manyheads.data import Batch, ImageSource, mix
+from manyheads.errors import NonFiniteLoss
+from manyheads.loop.devices import Processes, autocast
+from manyheads.loop.stages import Losses, RunOptions, Stage
+from manyheads.loop.weights import Keeper, seed_all
+
+__all__ = ["Updater"]
+
+
+class Updater:
+    """Moves the weights of a model, a step at a time.
+
+    Args:
+        model: The model, with the parameters that move set free.
+        stage: What its loss is.
+        source: Its images; a process without a share borrows one.
+        options: How it is done.
+        processes: Who takes part.
+        optimizer: What turns gradients into updates.
+        total: Steps of the stage, for messages.
+
+    Attributes:
+        overflows: Updates left out because float16 was too narrow.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stage: Stage,
+        source: ImageSource,
+        options: RunOptions,
+        processes: Processes,
+        optimizer: torch.optim.Optimizer,
+        total: int,
+    ) -> None:
+        self.model, self.stage, self.source = model, stage, source
+        self.options, self.processes, self.optimizer = options, processes, optimizer
+        self.total, self.overflows = total, 0
+        self.keeper = Keeper(model)
+        self._borrowed: Batch | None = None
+        self._scaler = torch.amp.GradScaler(
+            next(model.parameters()).device.type, enabled=options.precision == "fp16"
+        )
+        objective = _Objective(model, stage, options.precision)
+        if processes.count > 1:
+            self._leave_out_unused(objective)
+        self._objective: Any = processes.averaging(objective)
+        self._moving = [p for p in model.parameters() if p.requires_grad]
+
+    def state(self) -> dict[str, Any]:
+        """Give what has to be kept, as tensors and plain values."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "overflows": self.overflows,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what was kept."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.overflows = state["overflows"]
+
+    def step(self, batch: Batch, images: int, seed: int, step: int) -> float:
+        """Move the weights by one batch and give its loss.
+
+        Args:
+            batch: The images of this process; there may be none.
+            images: Those of all processes; there is at least one.
+            seed: What dropout and stochastic depth come from.
+            step: Number of the step, for messages.
+
+        Raises:
+            NonFiniteLoss: The loss or its gradient is not finite, in any process; the
+                weights are the last ones whose loss was finite.
+        """
+        parts = self._parts(batch)
+        total, broken = 0.0, None
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            seed_all(mix(seed, self.processes.index, number))
+            # Gradients are averaged once, in the backward pass of the last part.
+            with nullcontext() if last else self._alone():
+                losses: Losses = self._objective(part)
+                loss = torch.stack([value.float() for value in losses.values()]).sum()
+                weight = len(part.images) / images if len(batch.images) else 0.0
+                value = float(loss.detach())
+                if not math.isfinite(value) and broken is None:
+                    broken = part
+                total += value * weight
+                if last:
+                    (total,) = self.processes.sum(total)
+                    if not math.isfinite(total):
+                        self._raise_for_loss(total, broken, step)
+                scaled = loss * (weight * self.processes.count)
+                torch.autograd.backward(self._scaler.scale(scaled))
+        self._apply(step)
+        return total
+
+    def require_finite_weights(self, step: int) -> None:
+        """See that the last update left every weight finite, before it is kept.
+
+        Raises:
+            NonFiniteLoss: It did not; the update was taken back.
+        """
+        broken = self.keeper.first_broken()
+        if broken:
+            self.keeper.restore()
+            raise self._not_finite(
+                "the update made weights that are not finite", broken, step
+            )
+
+    def _apply(self, step: int) -> None:
+        self._scaler.unscale_(self.optimizer)
+        moving = [p for p in self._moving if p.grad is not None]
+        limit = self.options.max_grad_norm
+        norm = float(
+            nn.utils.clip_grad_norm_(moving, math.inf if limit is None else limit)
+        )
+        if math.isfinite(norm):
+            self.keeper.keep()
+        elif self._scaler.get_scale() > 1.0 and self._scaler.is_enabled():
+            # The scaler leaves this update out and halves its scale.
+            self.overflows += 1
+        else:
+            where = next(
+                name
+                for name, p in self.model.named_parameters()
+                if p.grad is not None and not p.grad.isfinite().all()
+            )
+            self.optimizer.zero_grad(set_to_none=True)
+            raise self._not_finite(f"the gradient is {norm}", where, step)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """Cut the images of this process into parts; there is always one."""
+        count = len(batch.images)
+        if not count:
+            if self._borrowed is None:
+                self._borrowed = self.source.sample(1)
+            return [self._borrowed]
+        size = math.ceil(count / self.options.accumulation)
+        cut = [range(at, min(at + size, count)) for at in range(0, count, size)]
+        return [
+            Batch(*(column[part.start : part.stop] for column in batch)) for part in cut
+        ]
+
+    def _alone(self) -> Any:
+        """Keep gradients to this process for now."""
+        if self.processes.count == 1:
+            return nullcontext()
+        return self._objective.no_sync()
+
+    def _leave_out_unused(self, objective: nn.Module) -> None:
+        """Hold still what no loss reaches, or processes would wait for its gradient.
+
+        One process would not move these parameters either: they have no gradient.
+        """
+        losses: Losses = objective(self.source.sample(2))
+        parts = [value.float() for value in losses.values()]
+        torch.autograd.backward(torch.stack(parts).sum())
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.requires_grad_(False)
+            parameter.grad = None
+        self.keeper.restore()
+
+    def _raise_for_loss(self, total: float, broken: Batch | None, step: int) -> None:
+        where = "the images of another process"
+        if broken is not None:
+            where = self.stage.blame(broken)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.keeper.restore()
+        raise self._not_finite(f"the loss is {total}", where, step)
+
+    def _not_finite(self, found: str, where: str, step: int) -> NonFiniteLoss:
+        return NonFiniteLoss(
+            asked=f"stage {self.stage.name!r}, step {step + 1} of {self.total}",
+            found=found,
+            where=where,
+            why="one such step would spoil every weight",
+            fix="The model keeps the last weights whose loss was finite. Use a lower "
+            f"learning rate than {self.stage.learning_rate:g}, a longer warm-up, or "
+            "look at the images of this step.",
+        )
+
+
+class _Objective(nn.Module):
+    """The loss as a module, which is what can be wrapped for many processes."""
+
+    def __init__(self, model: nn.Module, stage: Stage, precision: str) -> None:
+        super().__init__()
+        self.model, self.stage, self.precision = model, stage, precision
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Give the parts of the loss of a batch."""
+        with autocast(self.model, self.precision):
+            return dict(self.stage.loss(batch))
