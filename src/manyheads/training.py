@@ -336,7 +336,7 @@ class _Task:
         images = like(batch.images, self.model)
         scores = self._ask(images)
         self._note_hits(scores, batch.labels)
-        return self.lesson.losses(scores.float(), batch.labels, images)
+        return self.lesson.losses(scores, batch.labels, images)
 
     def blame(self, batch: Batch) -> str:
         """Name the first block whose output is not finite."""

@@ -22,6 +22,9 @@ __all__ = ["PRECISIONS", "Processes", "autocast", "require_precision"]
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+# Set by launchers of MPI, which accelerate does not follow on GPUs.
+_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
 _T = TypeVar("_T")
 
 
@@ -43,11 +46,11 @@ class Processes:
     """
 
     def __init__(self, verb: str = "healing or training", *, required: bool = True):
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        launched = _launched()
         self.count, self.index = 1, 0
         self._accelerator: Any = None
         if required or launched > 1:
-            self._accelerator = _accelerator(verb)
+            self._accelerator = _accelerator(verb, launched)
             self.count = self._accelerator.num_processes
             self.index = self._accelerator.process_index
         if self.count != launched:
@@ -199,7 +202,22 @@ def _has_bf16() -> bool:
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
-def _accelerator(verb: str) -> Any:
+def _launched() -> int:
+    """Give how many processes were started, as far as the environment tells."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    for name in _MPI:
+        if int(os.environ.get(name, "1")) > 1:
+            raise InvalidOption(
+                asked=f"a run of {os.environ[name]} processes, says {name}",
+                found="they were not told how to find each other",
+                why="each would make the whole run alone",
+                fix="Start them with torchrun --nproc-per-node 2.",
+            )
+    return 1
+
+
+def _accelerator(verb: str, launched: int) -> Any:
     try:
         from accelerate import Accelerator
     except ImportError as error:
@@ -208,14 +226,24 @@ def _accelerator(verb: str) -> Any:
             found="accelerate, which runs it, is not installed",
             fix='pip install "manyheads[train]"',
         ) from error
+    # Without being told that it is for the CPU, accelerate would leave every process
+    # that torchrun starts on a machine without GPUs alone, in silence.
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    on_cpu = launched > 1 and (kind is None or kind.type == "mps")
     # Models stay where the user put them; precision is set for each run, whereas
     # accelerate's holds for the whole process.
-    return Accelerator(device_placement=False, mixed_precision="no")
+    return Accelerator(
+        cpu=on_cpu or _told_to_use_cpu(), device_placement=False, mixed_precision="no"
+    )
+
+
+def _told_to_use_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
 def _warn_of_a_lone_process() -> None:
     """Say aloud what `accelerate launch --cpu --num_processes 2` does in silence."""
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+    if _told_to_use_cpu():
         warnings.warn(
             "accelerate launch started one process; with --cpu it passes over "
             "--num_processes. Start several with torchrun --nproc-per-node 2.",

@@ -107,14 +107,17 @@ class Lesson:
             labels: Class numbers [n], or shares of classes [n, classes].
             images: What the teacher is shown.
         """
+        # In float32 or wider: half types have too few digits for a sum over classes.
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if labels.ndim == 1:
             require_labels(labels, scores.shape[1])
-        told = F.cross_entropy(scores, labels.to(scores.device))
+        kind = labels.dtype if labels.ndim == 1 else scores.dtype
+        told = F.cross_entropy(scores, labels.to(scores.device, kind))
         if self.teacher is None:
             return {"labels": told}
         with torch.no_grad():
             target = self.teacher.eval()(like(images, self.teacher))
-        target = target.float().to(scores.device)
+        target = target.to(scores.device, scores.dtype)
         if self.distillation == "hard":
             taught = F.cross_entropy(scores, target.argmax(dim=-1))
         else:

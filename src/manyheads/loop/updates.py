@@ -11,7 +11,9 @@ that could not be read are simply not there. Losses must be means over images fo
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -101,7 +103,7 @@ class Updater:
             # Gradients are averaged once, in the backward pass of the last part.
             with nullcontext() if last else self._alone():
                 losses: Losses = self._objective(part)
-                loss = torch.stack([value.float() for value in losses.values()]).sum()
+                loss = _total(losses)
                 weight = len(part.images) / images if len(batch.images) else 0.0
                 value = float(loss.detach())
                 if not math.isfinite(value) and broken is None:
@@ -112,7 +114,8 @@ class Updater:
                     if not math.isfinite(total):
                         self._raise_for_loss(total, broken, step)
                 scaled = loss * (weight * self.processes.count)
-                torch.autograd.backward(self._scaler.scale(scaled))
+                with _quiet_about_strides():
+                    torch.autograd.backward(self._scaler.scale(scaled))
         self._apply(step)
         return total
 
@@ -178,8 +181,7 @@ class Updater:
         One process would not move these parameters either: they have no gradient.
         """
         losses: Losses = objective(self.source.sample(2))
-        parts = [value.float() for value in losses.values()]
-        torch.autograd.backward(torch.stack(parts).sum())
+        torch.autograd.backward(_total(losses))
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.requires_grad_(False)
@@ -204,6 +206,20 @@ class Updater:
             f"learning rate than {self.stage.learning_rate:g}, a longer warm-up, or "
             "look at the images of this step.",
         )
+
+
+@contextmanager
+def _quiet_about_strides() -> Iterator[None]:
+    """Pass over a remark on the layout of class tokens: one row is no matter."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view")
+        yield
+
+
+def _total(losses: Losses) -> Tensor:
+    """Add the parts up, in float32 or wider."""
+    kinds = [torch.promote_types(x.dtype, torch.float32) for x in losses.values()]
+    return torch.stack([x.to(kinds[0]) for x in losses.values()]).sum()
 
 
 class _Objective(nn.Module):
