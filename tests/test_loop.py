@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -176,6 +177,57 @@ def test_a_damaged_step_is_refused_with_what_to_remove(
         run(student, tmp_path / "run", epochs=1)
     assert str(step) in caught.value.fix
     assert_same(student, model())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "sums.json"])
+def test_a_damaged_step_gives_way_to_the_one_before_with_a_warning(
+    tmp_path: Path, name: str
+) -> None:
+    straight, resumed = model(), model()
+    run(straight, tmp_path / "run", checkpoint_every=4)
+    older, newer = sorted((tmp_path / "run").glob("step-*"))
+    content = (newer / name).read_bytes()
+    (newer / name).write_bytes(content[: len(content) // 2])
+    with pytest.warns(RuntimeWarning, match=f"{newer.name} is cut short") as caught:
+        run(resumed, tmp_path / "run", checkpoint_every=4)
+    assert f"goes on from {older.name}" in str(caught[0].message)
+    assert_same(straight, resumed)
+
+
+def test_the_last_two_steps_are_kept(tmp_path: Path) -> None:
+    run(model(), tmp_path / "run", checkpoint_every=1)
+    kept = sorted(p.name for p in (tmp_path / "run").glob("step-*"))
+    assert kept == ["step-15.0", "step-15.1"]
+    journal, student = Journal(tmp_path / "other", {}), model()
+    for step in (1, 2, 3, 4):
+        journal.write({"model": student}, step, {"step": step})
+    kept = sorted(p.name for p in (tmp_path / "other").glob("step-*"))
+    assert kept == ["step-3.0", "step-4.0"]
+    journal.close()
+
+
+def test_sigterm_while_validating_does_not_wait_for_its_end(tmp_path: Path) -> None:
+    student, straight, looks = model(), model(), 0
+
+    def stop(module: nn.Module, _: object) -> None:
+        nonlocal looks
+        looks += not module.training
+        # Two looks of one image at the sources come first; then it is the third batch.
+        if looks == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    held_out = {"validation": images(40), "checkpoint_every": 1000}
+    hook = student.register_forward_pre_hook(stop)
+    with pytest.raises(SystemExit) as caught:
+        run(student, tmp_path / "run", **held_out)
+    hook.remove()
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert looks == 5
+    assert [p.name for p in (tmp_path / "run").glob("step-*")] == ["step-5.0"]
+    found = run(student, tmp_path / "run", **held_out)
+    expected = run(straight, **held_out)
+    assert_same(student, straight)
+    assert found.history == expected.history
 
 
 def test_a_folder_that_is_no_run_is_refused_untouched(tmp_path: Path) -> None:
