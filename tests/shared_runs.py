@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,36 @@ def an_unused_parameter(folder: Path) -> dict[str, Any]:
     student = model()
     student.idle = nn.Parameter(torch.ones(3, dtype=torch.float64))
     return outcome(student, train(student, images(16), **QUICK))
+
+
+def in_shards(folder: Path) -> dict[str, Any]:
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    student = model()
+    changes = {"accumulation": 2, "validation": images(13), "layer_decay": 0.7}
+    options = QUICK | changes | {"sharded": not alone, "log_every": 1}
+    if not alone:
+        run_dir = folder / "in_shards"
+        kept, seen = student.state_dict(), 0
+        kept = {name: value.clone() for name, value in kept.items()}
+
+        class Enough(Exception):
+            pass
+
+        def stop(*_: object) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == 10:
+                raise Enough
+
+        student.patch_embed.register_forward_hook(stop)
+        with suppress(Enough):
+            train(student, images(), run_dir=run_dir, checkpoint_every=2, **options)
+        student.patch_embed._forward_hooks.clear()
+        student.load_state_dict(kept)
+        options |= {"run_dir": run_dir, "checkpoint_every": 2}
+    trained = train(student, images(), **options)
+    plain = all(type(p) is nn.Parameter for p in student.parameters())
+    return outcome(student, trained) | {"history": trained.history, "plain": plain}
 
 
 def a_loss_that_is_not_finite(folder: Path) -> dict[str, Any]:

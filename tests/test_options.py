@@ -279,6 +279,8 @@ def test_without_tensorboard_the_install_line_is_given(
         ({"distillation_weight": 1.5}, "distillation_weight=1.5"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"tensorboard": True}, "run_dir"),
+        ({"sharded": True}, "there is one process"),
+        ({"sharded": True, "compile": True}, "compile=True"),
     ],
 )
 def test_an_option_out_of_range_is_refused_by_name(

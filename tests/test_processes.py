@@ -19,6 +19,7 @@ TOGETHER = [
     "unreadable",
     "too_many_unreadable",
     "an_unused_parameter",
+    "in_shards",
     "a_loss_that_is_not_finite",
     "healing",
     "shown",
@@ -75,7 +76,8 @@ def assert_same_weights(
 
 
 @pytest.mark.parametrize(
-    "name", ["odd_batch", "everything_on", "unreadable", "an_unused_parameter"]
+    "name",
+    ["odd_batch", "everything_on", "unreadable", "an_unused_parameter", "in_shards"],
 )
 def test_two_processes_do_what_one_does(
     name: str, folder: Path, first: subprocess.CompletedProcess[str], tmp_path: Path
@@ -86,6 +88,16 @@ def test_two_processes_do_what_one_does(
     assert_same_weights(ours, alone, rtol=1e-8)
     assert ours["losses"] == pytest.approx(alone["losses"], rel=1e-9)
     assert ours["skipped"] == theirs["skipped"] == alone["skipped"]
+
+
+def test_shards_are_put_together_again_even_after_a_stop(
+    folder: Path, first: subprocess.CompletedProcess[str]
+) -> None:
+    for found in both(folder, first, "in_shards"):
+        assert found["plain"]
+        assert len(found["history"]) == 2
+    steps = [row["step"] for row in rows(folder / "in_shards" / "steps.csv")]
+    assert steps == [str(step) for step in range(1, 13)]
 
 
 def test_no_image_is_evaluated_twice_or_left_out(

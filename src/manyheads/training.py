@@ -8,11 +8,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from manyheads.data import Batch, Images, ImageSource
-from manyheads.hosts import find_host, host_of
+from manyheads.data import Images, ImageSource
+from manyheads.errors import InvalidOption
+from manyheads.hosts import find_host
 from manyheads.loop import Run
 from manyheads.loop.accuracy import (
     Evaluated,
@@ -21,9 +21,9 @@ from manyheads.loop.accuracy import (
     require_same_classes,
 )
 from manyheads.loop.devices import Processes, require_precision
+from manyheads.loop.labelling import LabelTask
 from manyheads.loop.lessons import Lesson
-from manyheads.loop.probes import broken_block, like
-from manyheads.loop.stages import RunOptions, Stage, require_positive
+from manyheads.loop.stages import RunOptions, require_positive
 from manyheads.loop.weights import fingerprint, keeping_modes
 
 __all__ = ["DEIT", "DEIT_MODEL", "Evaluated", "Trained", "evaluate", "train"]
@@ -113,6 +113,7 @@ def train(
     distillation_weight: float | int = 0.5,
     temperature: float | int = 1.0,
     compile: bool = False,
+    sharded: bool = False,
     validation: Images | None = None,
     augment: bool = True,
     max_unreadable: float | int = 0.1,
@@ -164,6 +165,9 @@ def train(
         distillation_weight: Share of the teacher in the loss.
         temperature: Flattens both models' scores before they are compared, if soft.
         compile: Whether to run the model through torch.compile while it trains.
+        sharded: Whether weights, gradients and optimiser are dealt out over processes
+            (FSDP), for models that do not fit on one device; the model stays on the
+            CPU. Not with `compile`, `ema_decay` or fp16.
         validation: Images to measure on after each epoch; they teach nothing.
         augment: Whether pictures get random crops and flips; tensors never do.
         max_unreadable: Share of unreadable pictures at which to stop.
@@ -200,6 +204,7 @@ def train(
         layer_decay=layer_decay,
         log_every=log_every,
         tensorboard=tensorboard,
+        sharded=sharded,
     )
     config: dict[str, Any] = {
         "verb": "train",
@@ -210,7 +215,7 @@ def train(
         "augment": augment,
         "compile": compile,
     }
-    _require_sound(config)
+    _require_sound(config, sharded=sharded)
     lesson = Lesson(
         teacher=teacher,
         distillation=distillation,
@@ -232,7 +237,7 @@ def train(
         keeping_modes(*beside),
         Run(model, source, options, config, beside=beside) as run,
     ):
-        task = _Task(model, lesson, held_out, options, run, compiled=compile)
+        task = LabelTask(run, lesson, held_out, options, compiled=compile)
         if not run.finished:
             run.perform(task.stage(config))
             run.settle()
@@ -291,96 +296,6 @@ def evaluate(
         )
 
 
-class _Task:
-    """Labels, and a teacher if there is one, with a look at held-out images."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        lesson: Lesson,
-        held_out: ImageSource | None,
-        options: RunOptions,
-        run: Run,
-        *,
-        compiled: bool,
-    ) -> None:
-        self.model, self.lesson, self.held_out = model, lesson, held_out
-        self.options, self.run = options, run
-        self.paths = [site.path for site in find_host(model)[1]]
-        self._host = host_of(model)
-        # The model itself stays as it is: what looks inside it does not see through
-        # compiled code.
-        self._ask = torch.compile(self._answer) if compiled else self._answer
-        self._hits: list[float] = []
-        self._top1: float | None = None
-
-    def stage(self, config: dict[str, Any]) -> Stage:
-        """Describe the one stage of training."""
-        return Stage(
-            name="train",
-            epochs=config["epochs"],
-            learning_rate=config["learning_rate"],
-            weight_decay=config["weight_decay"],
-            warmup_epochs=config["warmup_epochs"],
-            trains=("",),
-            loss=self.loss,
-            blame=self.blame,
-            augment=config["augment"],
-            after_epoch=None if self.held_out is None else self.after_epoch,
-            told=self.told,
-        )
-
-    def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Give the loss of one batch."""
-        self.model.train()
-        images = like(batch.images, self.model)
-        scores = self._ask(images)
-        self._note_hits(scores, batch.labels)
-        return self.lesson.losses(scores, batch.labels, images)
-
-    def blame(self, batch: Batch) -> str:
-        """Name the first block whose output is not finite."""
-        broken = broken_block(self.model, batch.images, self.paths)
-        return broken or "the comparison with labels"
-
-    def told(self) -> str:
-        """Give the accuracy last validated, else that of the last batches."""
-        if self._top1 is not None:
-            return f"validation {self._top1:.1%}  "
-        return f"top-1 {sum(self._hits) / max(1, len(self._hits)):.1%}  "
-
-    def after_epoch(self, done: int) -> dict[str, float]:
-        """Measure on the held-out images."""
-        measured = self.validate()
-        if measured is None:
-            return {}
-        self._top1 = measured.top1
-        return {"top1": measured.top1, "loss": measured.loss}
-
-    def validate(self) -> Evaluated | None:
-        """Give the full measure on the held-out images, if there are any."""
-        if self.held_out is None:
-            return None
-        return measure(
-            self.model,
-            self.held_out,
-            self.run.processes,
-            batch_size=max(self.options.batch_size, self.run.processes.count),
-            num_workers=self.options.num_workers,
-            precision=self.options.precision,
-            received=self.run.received,
-        )
-
-    def _answer(self, images: Tensor) -> Tensor:
-        return self._host.output(self._host.feed(self.model, images))
-
-    def _note_hits(self, scores: Tensor, labels: Tensor) -> None:
-        named = labels if labels.ndim == 1 else labels.argmax(dim=-1)
-        if self.held_out is None and self.options.progress and len(labels):
-            hits = scores.detach().argmax(dim=-1) == named.to(scores.device)
-            self._hits = [*self._hits[-19:], float(hits.float().mean())]
-
-
 def _result(run: Run, source: ImageSource, options: RunOptions) -> Trained:
     record, measured = run.records[0], run.notes["validation"]
     return Trained(
@@ -397,7 +312,13 @@ def _result(run: Run, source: ImageSource, options: RunOptions) -> Trained:
     )
 
 
-def _require_sound(config: dict[str, Any]) -> None:
+def _require_sound(config: dict[str, Any], *, sharded: bool) -> None:
+    if sharded and config["compile"]:
+        raise InvalidOption(
+            asked="sharded=True, compile=True",
+            found="compiled code and shards were not tried together",
+            fix="Leave one of them out.",
+        )
     for name in ("epochs", "learning_rate"):
         require_positive(name, config[name])
     for name in ("weight_decay", "warmup_epochs"):

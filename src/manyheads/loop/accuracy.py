@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manyheads.data import Images, ImageSource, image_source
+from manyheads.data import Batch, Images, ImageSource, image_source
 from manyheads.errors import DataError, ManyheadsError, NonFiniteLoss
 from manyheads.hosts import find_host, respond
 from manyheads.loop.devices import Processes, autocast
@@ -72,6 +72,7 @@ def measure(
     precision: str = "fp32",
     progress: bool = False,
     received: Callable[[], int] = lambda: 0,
+    sharded: bool = False,
 ) -> Evaluated:
     """Count hits over all images, each in one process only.
 
@@ -84,6 +85,7 @@ def measure(
         precision: Type of matrix products.
         progress: Whether the main process shows a progress bar.
         received: Gives the signal that asked this process to stop, or 0.
+        sharded: Whether the model is in shards.
 
     Raises:
         DataError: No picture can be read, or labels do not fit the scores.
@@ -104,13 +106,16 @@ def measure(
         ):
             if stop:
                 raise Stopped(stop)
-            if len(batch.images) and problem is None:
+            if sharded or (len(batch.images) and problem is None):
+                # Of a model in shards every process has to run its part.
+                shown = batch if len(batch.images) else source.sample(1)
                 try:
                     with autocast(model, precision):
-                        scores = respond(model, like(batch.images, model)).float()
-                    counted = _count(model, batch.images, scores, batch.labels)
-                    sums = [a + b for a, b in zip(sums, counted, strict=True)]
+                        scores = respond(model, like(shown.images, model)).float()
                     width = scores.shape[1]
+                    if len(batch.images):
+                        counted = _count(model, batch, scores, sharded=sharded)
+                        sums = [a + b for a, b in zip(sums, counted, strict=True)]
                 except ManyheadsError as error:
                     problem = error
             bar.advance(task, images)
@@ -187,20 +192,21 @@ def require_same_classes(ours: ImageSource, theirs: ImageSource) -> None:
 
 
 def _count(
-    model: nn.Module, images: Tensor, scores: Tensor, labels: Tensor
+    model: nn.Module, batch: Batch, scores: Tensor, *, sharded: bool
 ) -> tuple[float, int, int, int]:
     """Give summed loss, hits, hits among five, and images of one batch."""
     width = scores.shape[1]
-    require_labels(labels, width)
+    require_labels(batch.labels, width)
     if not scores.isfinite().all():
-        paths = [site.path for site in find_host(model)[1]]
+        paths = [] if sharded else [site.path for site in find_host(model)[1]]
+        broken = None if sharded else broken_block(model, batch.images, paths)
         raise NonFiniteLoss(
             asked="evaluating a model",
             found="it gives scores that are not finite",
-            where=broken_block(model, images, paths) or "its last layers",
+            where=broken or "its last layers",
             fix="Load good weights; in half types try float32.",
         )
-    labels = labels.to(scores.device)
+    labels = batch.labels.to(scores.device)
     loss = float(F.cross_entropy(scores, labels, reduction="sum"))
     hits = scores.topk(min(5, width)).indices == labels[:, None]
-    return loss, int(hits[:, 0].sum()), int(hits.any(1).sum()), len(images)
+    return loss, int(hits[:, 0].sum()), int(hits.any(1).sum()), len(batch.images)

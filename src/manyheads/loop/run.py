@@ -23,7 +23,7 @@ from rich.progress import Progress
 from torch import nn
 
 from manyheads.data import ImageSource, mix
-from manyheads.errors import InvalidOption
+from manyheads.hosts import find_host
 from manyheads.loop.averaging import Average
 from manyheads.loop.devices import Processes, require_precision
 from manyheads.loop.feeding import portions
@@ -32,6 +32,7 @@ from manyheads.loop.journal import Journal
 from manyheads.loop.logs import Logbook, Speed, progress_bar
 from manyheads.loop.position import Position
 from manyheads.loop.rates import optimizer_and_schedule
+from manyheads.loop.sharding import Shards
 from manyheads.loop.stages import RunOptions, Stage, StageRecord
 from manyheads.loop.updates import Updater
 from manyheads.loop.weights import free_only, keeping_modes, keeping_randomness
@@ -75,7 +76,7 @@ class Run:
         self.model, self.source, self.options = model, source, options
         self._beside = tuple(beside)
         self.processes = Processes()
-        self._require_enough_images()
+        options.require_possible(self.processes.count)
         self._journal: Journal | None = None
         if options.run_dir is not None:
             folder = options.run_dir
@@ -84,6 +85,8 @@ class Run:
             self._journal = self.processes.on_main(lambda: Journal(folder, told))
         self._position = Position()
         self._average: Average | None = None
+        self._shards: Shards | None = None
+        self._whole = model
         self._updater_state: dict[str, Any] | None = None
         self._stages_seen = 0
         self._interrupts = Interrupts(active=options.run_dir is not None)
@@ -94,10 +97,13 @@ class Run:
     def __enter__(self) -> Run:
         try:
             self._held.callback(self._close)
-            self._held.enter_context(
-                self.processes.placed(self.model, *self._beside),
-            )
+            ours = [] if self.options.sharded else [self.model]
+            self._held.enter_context(self.processes.placed(*ours, *self._beside))
             require_precision(self.model, self.options.precision)
+            if self.options.sharded:
+                paths = [site.path for site in find_host(self.model)[1]]
+                self._shards = Shards(self.model, paths, self.processes)
+                self.model = self._shards.module
             self._go_on()
             folder = self.options.run_dir if self.processes.is_main else None
             self._logbook = Logbook(
@@ -203,6 +209,7 @@ class Run:
             self.processes,
             optimizer,
             total,
+            self._shards,
         )
         if self._updater_state is not None:
             updater.restore(self._updater_state)
@@ -310,7 +317,7 @@ class Run:
 
     def _models(self) -> dict[str, nn.Module]:
         """Give what is kept as weights, by the name of its file."""
-        models = {"model": self.model}
+        models = {"model": self._whole}
         if self._average is not None:
             models["average"] = self._average.module
         return models
@@ -327,6 +334,8 @@ class Run:
                 self.source.skipped.update(self._position.skipped)
         for model in self._models().values():
             self.processes.spread(list(model.state_dict().values()))
+        if self._shards is not None:
+            self._shards.deal()
 
     def _read(self) -> dict[str, Any] | None:
         return None if self._journal is None else self._journal.read(self._models())
@@ -337,15 +346,18 @@ class Run:
             updater.require_finite_weights(here.step - 1)
         here.seconds = time.monotonic() - self._clock
         here.skipped = dict(self.source.skipped)
+        if self._shards is not None:
+            self._shards.collect()
         if self.options.run_dir is not None:
-            self.processes.on_main(lambda: self._write(updater))
+            moments = None if updater is None else updater.state()
+            self.processes.on_main(lambda: self._write(moments))
 
-    def _write(self, updater: Updater | None) -> None:
+    def _write(self, updater: dict[str, Any] | None) -> None:
         self._logbook.flush()
         here = self._position
         here.lines = dict(self._logbook.kept)
         state = dict(vars(here))
-        state["updater"] = None if updater is None else updater.state()
+        state["updater"] = updater
         if self._journal is not None:
             self._journal.write(self._models(), here.total, state)
 
@@ -353,17 +365,6 @@ class Run:
         """Let all processes have the main one's statistics of batch norms."""
         for model in self._models().values():
             self.processes.spread(list(model.buffers()))
-
-    def _require_enough_images(self) -> None:
-        size, count = self.options.batch_size, self.processes.count
-        if size < count * self.options.accumulation:
-            raise InvalidOption(
-                asked=f"batch_size={size}, accumulation={self.options.accumulation} "
-                f"in {count} processes",
-                found="some of them would never get an image",
-                why="a batch is what all processes see together in one step",
-                fix=f"Use batch_size={count * self.options.accumulation} or more.",
-            )
 
     def _close(self) -> None:
         if self._journal is not None:

@@ -100,6 +100,7 @@ class RunOptions:
             the classifier down; None for one rate.
         log_every: Steps between two lines of steps.csv.
         tensorboard: Whether to write TensorBoard events to `run_dir`.
+        sharded: Whether weights and optimiser are dealt out over processes.
     """
 
     batch_size: int
@@ -115,6 +116,7 @@ class RunOptions:
     layer_decay: float | int | None = None
     log_every: int = 10
     tensorboard: bool = False
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "checkpoint_every", "accumulation", "log_every"):
@@ -124,10 +126,45 @@ class RunOptions:
         for name in ("ema_decay", "layer_decay"):
             require_share(name, getattr(self, name))
 
+    def require_possible(self, count: int) -> None:
+        """See that so many processes can run like this.
+
+        Raises:
+            InvalidOption: Some would never get an image, or the model cannot be dealt
+                out to them.
+        """
+        least = count * self.accumulation
+        if self.batch_size < least:
+            raise InvalidOption(
+                asked=f"batch_size={self.batch_size}, accumulation={self.accumulation} "
+                f"in {count} processes",
+                found="some of them would never get an image",
+                why="a batch is what all processes see together in one step",
+                fix=f"Use batch_size={least} or more.",
+            )
+        problem = _unshardable(self, count) if self.sharded else None
+        if problem:
+            raise InvalidOption(
+                asked="sharded=True",
+                found=problem,
+                fix="Use torchrun --nproc-per-node 2, bf16 or fp32, and no ema_decay.",
+            )
+
     def identity(self) -> dict[str, Any]:
         """Give what makes a run another run, as JSON values."""
-        names = ("batch_size", "seed", "max_grad_norm", "accumulation", "precision")
-        return {n: getattr(self, n) for n in (*names, "ema_decay", "layer_decay")}
+        names = ["batch_size", "seed", "max_grad_norm", "accumulation", "precision"]
+        names += ["ema_decay", "layer_decay", "sharded"]
+        return {name: getattr(self, name) for name in names}
+
+
+def _unshardable(options: RunOptions, count: int) -> str | None:
+    if count == 1:
+        return "there is one process, which would get the only shard"
+    if options.ema_decay is not None:
+        return "a running average would need a second set of shards"
+    if options.precision == "fp16":
+        return "the scale of a float16 loss is not shared between shards"
+    return None
 
 
 def require_share(name: str, value: float | int | None) -> None:

@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from manyheads.data import Batch, ImageSource, mix
 from manyheads.errors import NonFiniteLoss
 from manyheads.loop.devices import Processes, autocast
+from manyheads.loop.sharding import Shards
 from manyheads.loop.stages import Losses, RunOptions, Stage
-from manyheads.loop.weights import Keeper, seed_all
+from manyheads.loop.weights import Keeper, is_finite, seed_all
 
 __all__ = ["Updater"]
 
@@ -39,6 +41,7 @@ class Updater:
         processes: Who takes part.
         optimizer: What turns gradients into updates.
         total: Steps of the stage, for messages.
+        shards: The shards of the model, if it is in shards.
 
     Attributes:
         overflows: Updates left out because float16 was too narrow.
@@ -53,32 +56,42 @@ class Updater:
         processes: Processes,
         optimizer: torch.optim.Optimizer,
         total: int,
+        shards: Shards | None = None,
     ) -> None:
         self.model, self.stage, self.source = model, stage, source
         self.options, self.processes, self.optimizer = options, processes, optimizer
-        self.total, self.overflows = total, 0
+        self.total, self.overflows, self.shards = total, 0, shards
         self.keeper = Keeper(model)
         self._borrowed: Batch | None = None
         self._scaler = torch.amp.GradScaler(
             next(model.parameters()).device.type, enabled=options.precision == "fp16"
         )
         objective = _Objective(model, stage, options.precision)
-        if processes.count > 1:
+        self._objective: Any = objective
+        if processes.count > 1 and shards is None:
             self._leave_out_unused(objective)
-        self._objective: Any = processes.averaging(objective)
+            self._objective = processes.averaging(objective)
         self._moving = [p for p in model.parameters() if p.requires_grad]
 
     def state(self) -> dict[str, Any]:
         """Give what has to be kept, as tensors and plain values."""
+        state = (
+            self.optimizer.state_dict()
+            if self.shards is None
+            else self.shards.optimizer_state(self.optimizer)
+        )
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": state,
             "scaler": self._scaler.state_dict(),
             "overflows": self.overflows,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what was kept."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.shards is None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        else:
+            self.shards.restore_optimizer(self.optimizer, state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self.overflows = state["overflows"]
 
@@ -125,7 +138,8 @@ class Updater:
         Raises:
             NonFiniteLoss: It did not; the update was taken back.
         """
-        broken = self.keeper.first_broken()
+        found = self.processes.gather(self.keeper.first_broken())
+        broken = next((name for name in found if name), None)
         if broken:
             self.keeper.restore()
             raise self._not_finite(
@@ -136,19 +150,18 @@ class Updater:
         self._scaler.unscale_(self.optimizer)
         moving = [p for p in self._moving if p.grad is not None]
         limit = self.options.max_grad_norm
-        norm = float(
-            nn.utils.clip_grad_norm_(moving, math.inf if limit is None else limit)
-        )
+        length = nn.utils.clip_grad_norm_(moving, math.inf if limit is None else limit)
+        norm = float(length.full_tensor() if isinstance(length, DTensor) else length)
         if math.isfinite(norm):
             self.keeper.keep()
         elif self._scaler.get_scale() > 1.0 and self._scaler.is_enabled():
             # The scaler leaves this update out and halves its scale.
             self.overflows += 1
         else:
+            named = self.model.named_parameters()
             where = next(
-                name
-                for name, p in self.model.named_parameters()
-                if p.grad is not None and not p.grad.isfinite().all()
+                (n for n, p in named if p.grad is not None and not is_finite(p.grad)),
+                "the shard of another process",
             )
             self.optimizer.zero_grad(set_to_none=True)
             raise self._not_finite(f"the gradient is {norm}", where, step)
@@ -173,6 +186,8 @@ class Updater:
         """Keep gradients to this process for now."""
         if self.processes.count == 1:
             return nullcontext()
+        if self.shards is not None:
+            return self.shards.alone()
         return self._objective.no_sync()
 
     def _leave_out_unused(self, objective: nn.Module) -> None:
@@ -190,7 +205,9 @@ class Updater:
 
     def _raise_for_loss(self, total: float, broken: Batch | None, step: int) -> None:
         where = "the images of another process"
-        if broken is not None:
+        if self.shards is not None:
+            where = "a block of a model in shards, which cannot be looked into"
+        elif broken is not None:
             where = self.stage.blame(broken)
         self.optimizer.zero_grad(set_to_none=True)
         self.keeper.restore()

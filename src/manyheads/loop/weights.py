@@ -10,11 +10,13 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 __all__ = [
     "Keeper",
     "fingerprint",
     "free_only",
+    "is_finite",
     "keeping_modes",
     "keeping_randomness",
     "seed_all",
@@ -28,7 +30,7 @@ class Keeper:
         self.parameters = [
             (n, p) for n, p in model.named_parameters() if p.requires_grad
         ]
-        self.held: list[Tensor] = [p.detach() for _, p in self.parameters]
+        self.held = [_local(p.detach()) for _, p in self.parameters]
         self.held += [b for b in model.buffers() if b.numel()]
         self.kept = [tensor.clone() for tensor in self.held]
 
@@ -44,7 +46,18 @@ class Keeper:
 
     def first_broken(self) -> str | None:
         """Name the first parameter that is not finite."""
-        return next((n for n, p in self.parameters if not p.isfinite().all()), None)
+        return next((n for n, p in self.parameters if not is_finite(p)), None)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor, or what of it is in this process, is finite."""
+    return bool(_local(tensor).isfinite().all())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Give what of a tensor is in this process: all of it, as a rule."""
+    held: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return held
 
 
 @contextmanager
