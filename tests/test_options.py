@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.errors import DataError, InvalidOption, MissingExtra, NonFiniteLoss
 from manyheads.loop.averaging import Average
+from manyheads.loop.rates import optimizer_and_schedule
+from manyheads.loop.stages import RunOptions, Stage
 from manyheads.training import DEIT, DEIT_MODEL, Trained, evaluate, train
 from tests.helpers import tiny_vit
 
@@ -130,6 +134,61 @@ def test_layers_learn_slower_the_deeper_they_lie() -> None:
     assert moved["blocks.1.mlp.fc1.weight"] == pytest.approx(head / 2, rel=0.01)
     assert moved["blocks.0.mlp.fc1.weight"] == pytest.approx(head / 4, rel=0.01)
     assert moved["patch_embed.proj.weight"] == pytest.approx(head / 8, rel=0.01)
+
+
+@pytest.mark.parametrize("library", ["torchvision", "transformers"])
+def test_layers_of_other_libraries_are_known_by_their_host(library: str) -> None:
+    if library == "torchvision":
+        student = torchvision.models.VisionTransformer(
+            32, 8, 3, 4, 48, 96, num_classes=10
+        )
+        stem, block = "conv_proj.weight", "encoder.layers.encoder_layer_{}.mlp.0.weight"
+    else:
+        config = transformers.ViTConfig(
+            hidden_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=96,
+            image_size=32,
+            patch_size=8,
+            num_labels=10,
+        )
+        student = transformers.ViTForImageClassification(config)
+        stem = "vit.embeddings.patch_embeddings.projection.weight"
+        block = "vit.layers.{}.mlp.fc1.weight"
+    task = Stage(
+        name="any",
+        epochs=1,
+        learning_rate=1.0,
+        weight_decay=0.1,
+        warmup_epochs=0,
+        trains=("",),
+        loss=lambda _: {},
+        blame=lambda _: "",
+        augment=False,
+    )
+    options = RunOptions(
+        batch_size=8,
+        seed=0,
+        run_dir=None,
+        progress=False,
+        num_workers=0,
+        checkpoint_every=1,
+        max_grad_norm=1.0,
+        layer_decay=0.5,
+    )
+    optimizer, _ = optimizer_and_schedule(student, task, options, per_epoch=10)
+    scales = {
+        id(p): group["lr_scale"]
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    found = {name: scales[id(p)] for name, p in student.named_parameters()}
+    assert [found[block.format(i)] for i in range(3)] == [0.125, 0.25, 0.5]
+    assert found[stem] == 0.0625
+    assert {v for n, v in found.items() if "class" in n and "token" not in n} <= {1.0}
+    assert list(found.values())[-1] == 1.0
+    assert not hasattr(student, "group_matcher")
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])

@@ -7,12 +7,18 @@ layer i of n:  rate(t) decay^(n - i)                      with layer-wise decay
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import takewhile
+from typing import Any
+
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from manyheads.errors import InvalidOption
+from manyheads.hosts import find_host
 from manyheads.loop.stages import RunOptions, Stage
 
 __all__ = ["optimizer_and_schedule"]
@@ -24,30 +30,21 @@ def optimizer_and_schedule(
     """Make AdamW over the parameters that move, and the cosine that drives its rate.
 
     Args:
-        model: Its `group_matcher`, or else the order of its parameters, says which
-            layer is which.
+        model: Its `group_matcher`, or else its host, says which layer is which.
         stage: Rate, decay and length.
         options: Whether rates fall from layer to layer.
         per_epoch: Steps of an epoch.
 
-    Raises:
-        InvalidOption: Rates are to fall from layer to layer, and no layers are known.
     """
-    optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        model,
-        opt="adamw",
-        lr=stage.learning_rate,
-        weight_decay=stage.weight_decay,
-        layer_decay=options.layer_decay,
-    )
-    if options.layer_decay is not None:
-        scales = {group["lr_scale"] for group in optimizer.param_groups}
-        if len(scales) == 1:
-            raise InvalidOption(
-                asked=f"layer_decay={options.layer_decay}",
-                found=f"timm finds no layers in this {type(model).__name__}",
-                fix="Leave it out for one learning rate.",
-            )
+    layered = _layered(model) if options.layer_decay is not None else nullcontext()
+    with layered:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            model,
+            opt="adamw",
+            lr=stage.learning_rate,
+            weight_decay=stage.weight_decay,
+            layer_decay=options.layer_decay,
+        )
     total = per_epoch * stage.epochs
     schedule = CosineLRScheduler(
         optimizer,
@@ -57,3 +54,30 @@ def optimizer_and_schedule(
         t_in_epochs=False,
     )
     return optimizer, schedule
+
+
+@contextmanager
+def _layered(model: Any) -> Iterator[None]:
+    """Say for a while which layer is which, where the model itself cannot.
+
+    timm's models have a `group_matcher`; to others one is lent, in which each block is
+    a layer, what comes before the first is below it and the rest above the last.
+    """
+    if hasattr(model, "group_matcher"):
+        yield
+        return
+    paths = [site.path for site in find_host(model)[1]]
+    # What matches nothing is the layer on top. Numbers in the paths of blocks tell them apart and set their order.
+    blocks = sorted({re.sub(r"\d+", r"(\\d+)", re.escape(path)) for path in paths})
+    inside = re.compile(f"({'|'.join(map(re.escape, paths))})\\.")
+    names = [name for name, _ in model.named_parameters()]
+    below = list(takewhile(lambda name: not inside.match(name), names))
+    matcher = {
+        "stem": f"^(?:{'|'.join(map(re.escape, below))})$",
+        "blocks": [(f"^{block}\\.", None) for block in blocks],
+    }
+    model.group_matcher = lambda **_: matcher
+    try:
+        yield
+    finally:
+        del model.group_matcher
