@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
+from manyheads.data import Augmentation
 from manyheads.training import train
 from tests.helpers import tiny_vit
 
@@ -54,6 +55,7 @@ def run(folder: Path) -> nn.Module:
         accumulation=2,
         precision="fp16",
         ema_decay=0.9,
+        augment=Augmentation(flip=0.5, crop_padding=2, mixup=0.8, repeats=2),
         layer_decay=0.8,
         validation=images(8),
         run_dir=folder,

@@ -16,12 +16,14 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from manyheads.data import Augmentation
 from manyheads.errors import DataError, InvalidOption, MissingExtra, NonFiniteLoss
 from manyheads.loop.averaging import Average
 from manyheads.loop.rates import optimizer_and_schedule
 from manyheads.loop.stages import RunOptions, Stage
 from manyheads.training import DEIT, DEIT_MODEL, Trained, evaluate, train
 from tests.helpers import tiny_vit
+from tests.shared_runs import Pictures
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 8, "progress": False}
 
@@ -356,9 +358,26 @@ def test_clipping_can_be_left_out() -> None:
 
 def test_the_deit_recipe_is_what_train_takes() -> None:
     student = model(**DEIT_MODEL)
-    shorter = dict(DEIT) | {"epochs": 1, "batch_size": 8}
-    trained = train(student, images(), progress=False, **shorter)
-    assert trained.steps == 3
+    shorter = dict(DEIT) | {"epochs": 1, "batch_size": 8, "progress": False}
+    trained = train(student, Pictures(set()), **shorter)
+    assert trained.steps == 4
+    # Mixed and smoothed labels cost more than the class alone can.
+    assert trained.losses[0] > 1.5
+
+
+def test_augmentation_that_needs_pictures_is_refused_on_tensors() -> None:
+    with pytest.raises(InvalidOption, match="it gives tensors"):
+        run(model(), augment=Augmentation.deit())
+
+
+def test_softened_labels_are_the_targets_of_the_loss() -> None:
+    student, (pixels, labels) = model(), images(8)
+    with torch.no_grad():
+        expected = F.cross_entropy(student(pixels), labels, label_smoothing=0.4)
+    smooth = Augmentation(label_smoothing=0.4)
+    options = QUICK | {"epochs": 1, "augment": smooth}
+    found = train(student, (pixels, labels), accumulation=2, **options)
+    assert found.losses[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from manyheads.data import Images, ImageSource
+from manyheads.data import Augmentation, Images, ImageSource
 from manyheads.errors import InvalidOption
 from manyheads.hosts import find_host
 from manyheads.loop import Run
@@ -37,12 +37,11 @@ DEIT: Mapping[str, Any] = MappingProxyType(
         "warmup_epochs": 5,
         "max_grad_norm": None,
         "ema_decay": 0.99996,
+        "augment": Augmentation.deit(),
     }
 )
 """What `train` takes to follow DeiT (Touvron and others, 2020, arXiv 2012.12877), as
-the papers of Hydra and hallucinated attention do: `train(model, images, **DEIT)`. The
-augmentation is the data's part: mixup 0.8, cutmix 1, RandAugment 9/0.5, erasing 0.25,
-repeated augmentation."""
+the papers of Hydra and hallucinated attention do: `train(model, images, **DEIT)`."""
 
 DEIT_MODEL: Mapping[str, Any] = MappingProxyType({"drop_path_rate": 0.1})
 """What the model of that recipe is built with."""
@@ -115,7 +114,7 @@ def train(
     compile: bool = False,
     sharded: bool = False,
     validation: Images | None = None,
-    augment: bool = True,
+    augment: bool | Augmentation = True,
     max_unreadable: float | int = 0.1,
     num_workers: int = 0,
     seed: int = 0,
@@ -169,7 +168,8 @@ def train(
             (FSDP), for models that do not fit on one device; the model stays on the
             CPU. Not with `compile`, `ema_decay` or fp16.
         validation: Images to measure on after each epoch; they teach nothing.
-        augment: Whether pictures get random crops and flips; tensors never do.
+        augment: What happens to images, such as Augmentation.deit(); or whether
+            pictures get random crops and flips, and tensors nothing.
         max_unreadable: Share of unreadable pictures at which to stop.
         num_workers: Processes that load images, for each process; 0 for itself.
         seed: What order, augmentation and dropout come from.
@@ -212,7 +212,7 @@ def train(
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
         "warmup_epochs": warmup_epochs,
-        "augment": augment,
+        "augment": augment.to_json() if isinstance(augment, Augmentation) else augment,
         "compile": compile,
     }
     _require_sound(config, sharded=sharded)
@@ -222,11 +222,13 @@ def train(
         weight=distillation_weight,
         temperature=temperature,
     )
-    source = labelled_source(model, images, max_unreadable)
+    source, classes = labelled_source(model, images, max_unreadable, held_out=False)
+    if isinstance(augment, Augmentation):
+        source.require_augmentable(augment)
     lesson.require_fitting(model, source)
     held_out = None
     if validation is not None:
-        held_out = labelled_source(model, validation, max_unreadable)
+        held_out, _ = labelled_source(model, validation, max_unreadable, held_out=True)
         require_same_classes(source, held_out)
         config["validation"] = held_out.identity
     config |= lesson.identity()
@@ -237,9 +239,11 @@ def train(
         keeping_modes(*beside),
         Run(model, source, options, config, beside=beside) as run,
     ):
-        task = LabelTask(run, lesson, held_out, options, compiled=compile)
+        task = LabelTask(
+            run, lesson, held_out, options, num_classes=classes, compiled=compile
+        )
         if not run.finished:
-            run.perform(task.stage(config))
+            run.perform(task.stage(config, augment))
             run.settle()
             measured = task.validate()
             run.notes["validation"] = measured and measured.to_json()
@@ -282,7 +286,7 @@ def evaluate(
     """
     require_positive("batch_size", batch_size)
     require_precision(model, precision)
-    source = labelled_source(model, images, max_unreadable)
+    source, _ = labelled_source(model, images, max_unreadable, held_out=True)
     processes = Processes("evaluating", required=False)
     with processes.placed(model):
         return measure(

@@ -136,15 +136,21 @@ def measure(
 
 
 def labelled_source(
-    model: nn.Module, images: Images, max_unreadable: float | int
-) -> ImageSource:
-    """Make a source whose labels fit the model's scores.
+    model: nn.Module,
+    images: Images,
+    max_unreadable: float | int,
+    *,
+    held_out: bool,
+) -> tuple[ImageSource, int]:
+    """Make a source whose labels fit the model's scores, and count its classes.
 
     Raises:
         DataError: The images are missing, unreadable, unlabelled, labelled beyond the
             model's classes, or not what the model takes.
     """
-    source = image_source(model, images, labelled=True, max_unreadable=max_unreadable)
+    source = image_source(
+        model, images, labelled=True, max_unreadable=max_unreadable, held_out=held_out
+    )
     scores = try_one(model, source.sample(8).images, source.where, scored=True)
     if source.labels is not None:
         require_labels(source.labels, scores.shape[1])
@@ -157,7 +163,7 @@ def labelled_source(
             fix=f"Build the model with num_classes={len(source.classes)}, or give a "
             "folder with every class.",
         )
-    return source
+    return source, scores.shape[1]
 
 
 def require_labels(labels: Tensor, width: int) -> None:

@@ -95,19 +95,6 @@ class Processes:
             for model, device in moved:
                 model.to(device)
 
-    def share(self, order: Sequence[int], batch_size: int) -> tuple[list[int], int]:
-        """Give this process's part of an epoch, and its part of a whole batch.
-
-        Every batch is dealt out one by one. Only in the last, smaller one can shares
-        differ by more than one image from those before; they can be empty.
-        """
-        mine = [
-            position
-            for at in range(0, len(order), batch_size)
-            for position in order[at : at + batch_size][self.index :: self.count]
-        ]
-        return mine, len(range(self.index, batch_size, self.count))
-
     def sum(self, *values: float | int) -> list[float]:
         """Add up each number over all processes; every process has to ask."""
         if self.count == 1:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from manyheads.data import Batch, ImageSource
+from manyheads.data import Augmentation, Batch, ImageSource
 from manyheads.loop.devices import Processes
 
 __all__ = ["Portion", "portions"]
@@ -46,6 +46,8 @@ def portions(
     *,
     start: int = 0,
     augment_seed: int | None = None,
+    augmentation: Augmentation | None = None,
+    num_classes: int | None = None,
     num_workers: int = 0,
     received: Callable[[], int] = lambda: 0,
 ) -> Iterator[Portion]:
@@ -58,15 +60,24 @@ def portions(
         batch_size: Images of a batch, all processes together.
         start: Batches that are passed over without loading.
         augment_seed: Seed of augmentation; None for none.
+        augmentation: What it does; None for random crops and flips of pictures.
+        num_classes: Classes of the model, where augmentation mixes their labels.
         num_workers: Loading processes of each process.
         received: Gives the signal that this process received, or 0.
 
     Raises:
         DataError: In all processes alike, if one of them cannot go on.
     """
-    mine, size = processes.share(order, batch_size)
     batches = source.batches(
-        mine, size, start=start, augment_seed=augment_seed, num_workers=num_workers
+        order,
+        batch_size,
+        start=start,
+        augment_seed=augment_seed,
+        augmentation=augmentation,
+        num_classes=num_classes,
+        num_workers=num_workers,
+        rank=processes.index,
+        world_size=processes.count,
     )
     known = _share_skipped(processes, source)
     for _ in range(start, math.ceil(len(order) / batch_size)):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.data import Batch, ImageSource
+from manyheads.data import Augmentation, Batch, ImageSource
 from manyheads.hosts import find_host
 from manyheads.loop.accuracy import Evaluated, measure
 from manyheads.loop.lessons import Lesson
@@ -26,6 +26,7 @@ class LabelTask:
         lesson: What the loss is.
         held_out: Images to measure on after each epoch, or None.
         options: How the run runs.
+        num_classes: Classes of the model.
         compiled: Whether the model learns through torch.compile.
     """
 
@@ -36,10 +37,12 @@ class LabelTask:
         held_out: ImageSource | None,
         options: RunOptions,
         *,
+        num_classes: int,
         compiled: bool,
     ) -> None:
         self.run, self.model, self.lesson = run, run.model, lesson
         self.held_out, self.options = held_out, options
+        self.num_classes = num_classes
         self._host, sites = find_host(run.model)
         self.paths = [site.path for site in sites]
         # The model itself stays as it is: what looks inside it does not see through
@@ -48,7 +51,7 @@ class LabelTask:
         self._hits: list[float] = []
         self._top1: float | None = None
 
-    def stage(self, config: dict[str, Any]) -> Stage:
+    def stage(self, config: dict[str, Any], augment: bool | Augmentation) -> Stage:
         """Describe the one stage of training."""
         return Stage(
             name="train",
@@ -59,7 +62,8 @@ class LabelTask:
             trains=("",),
             loss=self.loss,
             blame=self.blame,
-            augment=config["augment"],
+            augment=augment,
+            num_classes=self.num_classes,
             after_epoch=None if self.held_out is None else self.after_epoch,
             told=self.told,
         )
@@ -69,8 +73,8 @@ class LabelTask:
         self.model.train()
         images = like(batch.images, self.model)
         scores = self._ask(images)
-        self._note_hits(scores, batch.labels)
-        return self.lesson.losses(scores, batch.labels, images)
+        self._note_hits(scores, batch)
+        return self.lesson.losses(scores, batch, images)
 
     def blame(self, batch: Batch) -> str:
         """Name the first block whose output is not finite."""
@@ -109,8 +113,9 @@ class LabelTask:
     def _answer(self, images: Tensor) -> Tensor:
         return self._host.output(self._host.feed(self.model, images))
 
-    def _note_hits(self, scores: Tensor, labels: Tensor) -> None:
-        named = labels if labels.ndim == 1 else labels.argmax(dim=-1)
-        if self.held_out is None and self.options.progress and len(labels):
+    def _note_hits(self, scores: Tensor, batch: Batch) -> None:
+        if self.held_out is None and self.options.progress:
+            soft = batch.targets
+            named = batch.labels if soft is None else soft.argmax(dim=-1)
             hits = scores.detach().argmax(dim=-1) == named.to(scores.device)
             self._hits = [*self._hits[-19:], float(hits.float().mean())]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manyheads.data import ImageSource
+from manyheads.data import Batch, ImageSource
 from manyheads.errors import DataError, InvalidOption, UnknownHost, nearest
 from manyheads.hosts import find_host, respond
 from manyheads.loop.accuracy import require_labels
@@ -97,22 +97,22 @@ class Lesson:
                 fix="Give a teacher of the same classes, image size and preprocessing.",
             )
 
-    def losses(
-        self, scores: Tensor, labels: Tensor, images: Tensor
-    ) -> dict[str, Tensor]:
+    def losses(self, scores: Tensor, batch: Batch, images: Tensor) -> dict[str, Tensor]:
         """Give the parts of the loss, each a mean over images.
 
         Args:
             scores: The model's, [n, classes].
-            labels: Class numbers [n], or shares of classes [n, classes].
+            batch: Labels, or shares of classes where they were softened.
             images: What the teacher is shown.
         """
         # In float32 or wider: half types have too few digits for a sum over classes.
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        if labels.ndim == 1:
-            require_labels(labels, scores.shape[1])
-        kind = labels.dtype if labels.ndim == 1 else scores.dtype
-        told = F.cross_entropy(scores, labels.to(scores.device, kind))
+        if batch.targets is None:
+            require_labels(batch.labels, scores.shape[1])
+            told = F.cross_entropy(scores, batch.labels.to(scores.device))
+        else:
+            shares = batch.targets.to(scores.device, scores.dtype)
+            told = F.cross_entropy(scores, shares)
         if self.teacher is None:
             return {"labels": told}
         with torch.no_grad():

@@ -67,7 +67,8 @@ def _layered(model: Any) -> Iterator[None]:
         yield
         return
     paths = [site.path for site in find_host(model)[1]]
-    # What matches nothing is the layer on top. Numbers in the paths of blocks tell them apart and set their order.
+    # Numbers in the paths of blocks tell them apart and set their order. What matches
+    # nothing is the layer on top.
     blocks = sorted({re.sub(r"\d+", r"(\\d+)", re.escape(path)) for path in paths})
     inside = re.compile(f"({'|'.join(map(re.escape, paths))})\\.")
     names = [name for name, _ in model.named_parameters()]

@@ -216,16 +216,19 @@ class Run:
             self._updater_state = None
         task = bar.add_task(stage.name, total=total, completed=here.step, told="")
         speed, seed = Speed(), mix(self.options.seed, stage.name)
+        repeats = stage.augmentation.repeats if stage.augmentation else 1
         self._end_epoch(stage, updater, per_epoch)
         while here.step < total:
             epoch, within = divmod(here.step, per_epoch)
             for batch, images, stop in portions(
                 self.processes,
                 self.source,
-                self.source.order(seed, epoch),
+                self.source.order(seed, epoch, repeats=repeats),
                 size,
                 start=within,
                 augment_seed=mix(seed, epoch) if stage.augment else None,
+                augmentation=stage.augmentation,
+                num_classes=stage.num_classes,
                 num_workers=self.options.num_workers,
                 received=self.received,
             ):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from manyheads.data import Batch
+from manyheads.data import Augmentation, Batch
 from manyheads.errors import InvalidOption
 
 __all__ = [
@@ -41,7 +41,10 @@ class Stage:
         trains: Paths of the modules whose parameters move; "" is the whole model.
         loss: Gives the loss of a batch in parts.
         blame: Names the place at which a batch stops being finite.
-        augment: Whether pictures get random crops and flips.
+        augment: What happens to images: an augmentation, or whether pictures get
+            random crops and flips.
+        num_classes: Classes of the model, where an augmentation softens labels; None
+            where labels are not looked at.
         after_epoch: Called with the number of epochs done; what it gives is recorded,
             so in runs of several processes it has to be the same in all.
         told: Gives what the progress bar shows beside the loss.
@@ -55,9 +58,15 @@ class Stage:
     trains: tuple[str, ...]
     loss: Callable[[Batch], Losses]
     blame: Callable[[Batch], str]
-    augment: bool
+    augment: bool | Augmentation
+    num_classes: int | None = None
     after_epoch: Callable[[int], dict[str, float]] | None = None
     told: Callable[[], str] | None = None
+
+    @property
+    def augmentation(self) -> Augmentation | None:
+        """The augmentation, if one was given as such."""
+        return self.augment if isinstance(self.augment, Augmentation) else None
 
 
 @dataclass(frozen=True, kw_only=True)

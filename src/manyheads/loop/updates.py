@@ -177,9 +177,14 @@ class Updater:
                 self._borrowed = self.source.sample(1)
             return [self._borrowed]
         size = math.ceil(count / self.options.accumulation)
-        cut = [range(at, min(at + size, count)) for at in range(0, count, size)]
+        soft = batch.targets
         return [
-            Batch(*(column[part.start : part.stop] for column in batch)) for part in cut
+            Batch(
+                batch.images[at : at + size],
+                batch.labels[at : at + size],
+                None if soft is None else soft[at : at + size],
+            )
+            for at in range(0, count, size)
         ]
 
     def _alone(self) -> Any:
