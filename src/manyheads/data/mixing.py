@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
-from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 
 from manyheads.data.augmentation import Augmentation
@@ -64,6 +63,8 @@ def blend(
     Raises:
         DataError: A label is unknown or beyond the classes.
     """
+    from timm.data.mixup import Mixup, mixup_target
+
     targets = None
     if num_classes is not None:
         _require_labels(labels, num_classes)
