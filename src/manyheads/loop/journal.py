@@ -1,6 +1,7 @@
 """The folder of a run: what it is, how far it got, and how to go on from there.
 
     run/run.json                       the configuration; another one is refused
+    run/config.json                    the command that asked, if the terminal did
     run/step-120.0/model.safetensors   the weights
     run/step-120.0/state.pt            optimiser and position, tensors and plain values
     run/step-120.0/sums.json           digests of the two, written last
@@ -32,6 +33,7 @@ __all__ = ["Journal"]
 
 FORMAT, VERSION = "manyheads.run", 1
 CARD, WEIGHTS, STATE, SUMS = "run.json", "model.safetensors", "state.pt", "sums.json"
+COMMAND = "config.json"
 _DRAFT = ".writing-"
 _DAMAGE = (
     OSError,
@@ -63,7 +65,8 @@ class Journal:
         if self.folder.exists() and not self.folder.is_dir():
             raise self._error("it is a file", "Choose another run_dir.")
         foreign = self.folder.is_dir() and any(
-            not entry.name.startswith(".") for entry in self.folder.iterdir()
+            not entry.name.startswith(".") and entry.name != COMMAND
+            for entry in self.folder.iterdir()
         )
         if foreign and not (self.folder / CARD).is_file():
             raise self._error(

@@ -24,18 +24,27 @@ OURS, USERS, STOPPED = 1, 2, 130
 _DEBUG = "--debug"
 
 
-def show(result: object, *, as_json: bool, models: Sequence[Any] = ()) -> None:
+def show(
+    result: object,
+    *,
+    as_json: bool,
+    models: Sequence[Any] = (),
+    config: dict[str, Any] | None = None,
+) -> None:
     """Write a result to stdout, with the origin of the weights it was made with.
 
     Args:
         result: Something with `to_json`, or JSON values; printed with `str`.
         as_json: Whether to write one JSON object and nothing else.
         models: The `NamedModel` that the result speaks of.
+        config: The command with all its values, for those that can be repeated.
     """
     if as_json:
         value = result.to_json() if hasattr(result, "to_json") else result
         value = json.loads(value) if isinstance(value, str) else value
-        whole = {"models": [model.to_json() for model in models], "result": value}
+        whole: dict[str, Any] = {"models": [model.to_json() for model in models]}
+        whole |= {} if config is None else {"config": config}
+        whole |= {"result": value}
         sys.stdout.write(json.dumps(whole, indent=2, allow_nan=False) + "\n")
         return
     lines = [str(result), *(str(model) for model in models)]

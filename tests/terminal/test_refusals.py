@@ -1,4 +1,4 @@
-"""The terminal: exit codes, streams, and one paragraph for each mistake of a user."""
+"""The user's mistakes: what, what is there, where, what to do; exit code 2."""
 
 from __future__ import annotations
 
@@ -6,166 +6,15 @@ import contextlib
 import json
 import os
 import resource
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
 
 import manyheads as mh
-from manyheads.cli import app, main
-from manyheads.terminal.console import run
 from tests.helpers import tiny_vit
-
-VERBS = ["preview", "convert", "heal", "train", "evaluate", "cost", "bench", "demo"]
-PROGRAM = [
-    sys.executable,
-    "-c",
-    "import sys; from manyheads.cli import main; sys.exit(main())",
-]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    return str(mh.save(tiny_vit(), tmp_path_factory.mktemp("models") / "teacher"))
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("pictures")
-    for label in range(10):  # as many as the teacher's classes
-        (folder / f"class{label}").mkdir()
-        for number in range(2):
-            image = Image.new("RGB", (32, 32), (20 * label, 30 * number, 7))
-            image.save(folder / f"class{label}" / f"{number}.png")
-    return str(folder)
-
-
-class Terminal:
-    """Runs a command line in this process and keeps what it wrote."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self.capsys = capsys
-
-    def __call__(self, *words: str) -> tuple[int, str, str]:
-        self.capsys.readouterr()
-        code = main(list(words))
-        out, err = self.capsys.readouterr()
-        return code, out, err
-
-    def refusal(self, *words: str) -> str:
-        """Run what must fail as the user's mistake; give the one paragraph."""
-        code, out, err = self(*words)
-        assert code == 2, err
-        assert out == ""
-        assert "Traceback" not in err
-        assert "\n" not in err.strip()
-        return err
-
-    def json(self, *words: str) -> dict:
-        code, out, err = self(*words, "--json")
-        assert code == 0, err
-        return json.loads(out)
-
-
-@pytest.fixture
-def terminal(capsys: pytest.CaptureFixture[str]) -> Terminal:
-    return Terminal(capsys)
-
-
-def test_the_commands_are_the_verbs() -> None:
-    assert [c.callback.__name__ for c in app.registered_commands] == VERBS
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_shows_an_example(terminal: Terminal, verb: str) -> None:
-    code, out, _ = terminal(verb, "--help")
-    assert code == 0
-    assert f"Example: manyheads {verb}" in out
-    assert "--json" in out
-
-
-def test_preview_changes_nothing_and_names_the_weights(
-    terminal: Terminal, teacher: str
-) -> None:
-    before = sorted(Path(teacher).iterdir())
-    code, out, _ = terminal("preview", teacher, "--attention", "hydra", "--blocks", "2")
-    assert code == 0
-    assert "blocks.2" in out
-    assert "Hydra()" in out
-    assert "weights read from the folder" in out
-    assert sorted(Path(teacher).iterdir()) == before
-
-
-def test_random_weights_are_called_random(terminal: Terminal) -> None:
-    found = terminal.json("cost", "deit_tiny_patch16_224")
-    assert found["models"] == [{"name": "deit_tiny_patch16_224", "weights": "random"}]
-    assert found["result"]["parameters"] == 5_717_416
-    assert "random weights" in terminal("cost", "deit_tiny_patch16_224")[1]
-
-
-def test_cost_counts_at_the_size_that_was_asked_for(
-    terminal: Terminal, teacher: str
-) -> None:
-    result = terminal.json("cost", teacher, "--image-size", "40x60")["result"]
-    assert result["image_size"] == [40, 60]
-    assert result["fed_size"] == [40, 64]
-
-
-def test_convert_writes_a_model_that_loads(
-    terminal: Terminal, teacher: str, tmp_path: Path
-) -> None:
-    out = str(tmp_path / "student")
-    words = ("convert", teacher, "--attention", "hydra:kernel=mean", "--out", out)
-    assert len(terminal.json(*words, "--blocks", "0,-1")["result"]["rows"]) == 2
-    student = mh.load(out)
-    recipe = mh.Recipe(mh.Swap(blocks=[0, 2], attention=mh.Hydra(kernel="mean")))
-    expected = mh.convert(mh.load(teacher), recipe)
-    x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(student(x), expected(x))
-
-
-def test_convert_takes_a_recipe_file(
-    terminal: Terminal, teacher: str, tmp_path: Path
-) -> None:
-    recipe = mh.Recipe(mh.Swap(blocks=[1], ffn=mh.Compact(rank=3)))
-    file = tmp_path / "recipe.json"
-    file.write_text(recipe.to_json())
-    found = terminal.json("preview", teacher, "--recipe", str(file))
-    assert [row["becomes"] for row in found["result"]["rows"]] == [
-        "Softmax() + Compact(rank=3)"
-    ]
-
-
-def test_heal_evaluate_and_bench_follow_each_other(
-    terminal: Terminal, teacher: str, pictures: str, tmp_path: Path
-) -> None:
-    student, healed = str(tmp_path / "student"), str(tmp_path / "healed")
-    terminal.json("convert", teacher, "--attention", "hydra", "--out", student)
-    passes = ("--block-epochs", "1", "--logit-epochs", "1", "--batch-size", "4")
-    terminal.json("heal", student, teacher, pictures, "--out", healed, *passes)
-    x = torch.randn(1, 3, 32, 32)
-    assert not torch.equal(mh.load(student)(x), mh.load(healed)(x))
-    accuracy = terminal.json("evaluate", healed, pictures)["result"]["top1"]
-    assert 0 <= accuracy <= 1
-    timed = terminal.json("bench", teacher, healed, "--rounds", "2", "--no-memory")
-    assert [row["name"] for row in timed["result"]["rows"]] == [teacher, healed]
-
-
-def test_train_writes_a_model_that_loads(
-    terminal: Terminal, teacher: str, pictures: str, tmp_path: Path
-) -> None:
-    out = str(tmp_path / "trained")
-    terminal.json("train", teacher, pictures, "--epochs", "1", "--out", out)
-    assert mh.load(out).head.out_features == 10
-
-
-# The user's mistakes: what, what is there, where, what to do; exit code 2.
+from tests.terminal.session import PROGRAM, Terminal
 
 
 def test_an_unknown_model_is_answered_with_near_names(terminal: Terminal) -> None:
@@ -386,52 +235,4 @@ def test_a_wrong_command_line_exits_with_2(
 ) -> None:
     code, out, err = terminal(*words)
     assert (code, out) == (2, "")
-    assert "Traceback" not in err
-
-
-# Our mistakes, and leaving early.
-
-
-def _divide(_: list[str]) -> float:
-    return 1 / 0
-
-
-def test_a_mistake_of_ours_exits_with_1_and_keeps_the_traceback_in_a_file(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert run(_divide, []) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "Traceback" not in err
-    assert "report" in err
-    log = Path(err.split()[-1])
-    assert "ZeroDivisionError" in log.read_text()
-    log.unlink()
-
-
-def test_debug_prints_the_traceback_of_a_mistake_of_ours(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert run(_divide, ["cost", "--debug"]) == 1
-    assert "ZeroDivisionError" in capsys.readouterr().err
-
-
-def test_debug_changes_nothing_about_a_mistake_of_the_user(terminal: Terminal) -> None:
-    terminal.refusal("cost", "no_such_model", "--debug")
-
-
-def test_control_c_leaves_cleanly_with_130(tmp_path: Path) -> None:
-    words = [*PROGRAM, "demo", "--out", str(tmp_path / "demo")]
-    # A shell that runs the tests in the background lets its children ignore Ctrl-C.
-    running = subprocess.Popen(
-        words,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert running.stderr is not None
-    assert "1/5" in running.stderr.readline()
-    running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=120)
-    assert running.returncode == 130, err
     assert "Traceback" not in err
