@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from manyheads.attention import MECHANISMS
 from manyheads.errors import InvalidOption, InvalidRecipe, nearest
@@ -143,8 +143,14 @@ def read_spec(text: str | None, option: str, kinds: tuple[type[Spec], ...]) -> A
             found="options are written key=value, each key once",
             fix="Use for instance --attention hydra:kernel=mean.",
         )
-    value = {key: read_value(written) for key, _, written in pairs}
-    return spec_from_json({**value, "kind": known[name.lower()]}, f"{option} {text}")
+    kind = next(kind for kind in kinds if kind.__name__ == known[name.lower()])
+    hints = get_type_hints(kind)
+    # "none" is a choice of some options and the absence of a value for others.
+    value = {
+        key: written if written in get_args(hints.get(key)) else read_value(written)
+        for key, _, written in pairs
+    }
+    return spec_from_json({**value, "kind": kind.__name__}, f"{option} {text}")
 
 
 def read_blocks(text: str) -> list[int]:
