@@ -268,18 +268,24 @@ def _keep(result: Demo, teacher: nn.Module, student: nn.Module, images: Tensor) 
             found="its logits differ from those of the model that was saved",
             fix="Please report this with the demo.json beside it.",
         )
+    hydra = Recipe(Swap(attention=Hydra()))
     try:
         draw_demo(result.to_json(), result.folder / "demo.png")
         fresh = result.folder / ".demo.json"
-        converted = preview(teacher, Recipe(Swap(attention=Hydra()))).to_json()
+        converted = preview(teacher, hydra).to_json()
         recorded = result.to_json() | {"converted": converted}
         fresh.write_text(json.dumps(recorded, indent=2), encoding="utf-8")
         fresh.rename(result.folder / "demo.json")
+        looked_at = {
+            "teacher": teacher,
+            "swapped, not healed": convert(teacher, hydra),
+            "healed": student,
+        }
         maps = {
             name: attention_maps(model.cpu().eval(), images[:1].cpu(), heads=())
-            for name, model in (("teacher", teacher), ("student, healed", student))
+            for name, model in looked_at.items()
         }
-        title = "Teacher and student with Hydra in all blocks, one digit"
+        title = "One digit: Hydra in all blocks, before and after healing"
         pictures = {
             "What was lost and what was gained": result.folder / "demo.png",
             title: draw(maps, result.folder / "maps.png", title=title),
