@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import resource
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import manyheads as mh
+from tests.disk import small_disk
 from tests.helpers import tiny_vit
 from tests.terminal.session import PROGRAM, Terminal
 
@@ -183,30 +181,11 @@ def test_what_is_not_ours_is_never_overwritten(
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@contextlib.contextmanager
-def _small_disk(folder: Path) -> Iterator[None]:
-    """Give a folder of 64 KiB: a real small disk, or a limit on any file's size."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode == 0:
-        try:
-            yield
-        finally:
-            subprocess.run(["umount", str(folder)], check=True)
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_no_space_left_leaves_nothing_behind(
     terminal: Terminal, teacher: str, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"
-    with _small_disk(disk):
+    with small_disk(disk):
         words = ("--attention", "hydra", "--out", str(disk / "student"))
         said = terminal.refusal("convert", teacher, *words)
         assert list(disk.iterdir()) == []
