@@ -17,6 +17,7 @@ from typer.main import get_command
 
 import manyheads as mh
 from manyheads.cli import app
+from manyheads.commands.learning import RECIPES, Published
 from manyheads.terminal.options import words_of
 from tests.terminal.session import PROGRAM, Terminal
 
@@ -172,6 +173,31 @@ def test_other_versions_are_remarked_upon(
     code, _, err = terminal("evaluate", teacher, pictures, "--config", str(file))
     assert code == 0
     assert "torch was 0.4.1 and is" in err
+
+
+def test_a_named_recipe_stands_below_the_file_and_the_words(
+    terminal: Terminal,
+    teacher: str,
+    pictures: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    published = Published(
+        options={"epochs": 1, "learning_rate": 0.5, "weight_decay": 0.25, "seed": 7},
+        model={"drop_path_rate": 0.1},
+    )
+    monkeypatch.setitem(RECIPES, "short", published)
+    file = tmp_path / "run.toml"
+    file.write_text('recipe = "short"\nweight_decay = 0.125\nseed = 8\n')
+    code, out, err = terminal(
+        *("train", teacher, pictures, "--config", str(file), "--seed", "9", "--json"),
+        *("--out", str(tmp_path / "out"), *QUICK),
+    )
+    assert code == 0, err
+    config = json.loads(out)["config"]
+    found = [config[k] for k in ("learning_rate", "weight_decay", "seed", "recipe")]
+    assert found == [0.5, 0.125, 9, "short"]
+    assert "stays as built, without drop_path_rate=0.1" in err
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "there"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,10 +30,26 @@ from manyheads.terminal.sources import NamedModel, open_model
 
 __all__ = ["evaluate", "heal", "train"]
 
-RECIPES: dict[str, Mapping[str, Any]] = {}
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """Settings that somebody published, as a verb and a model take them.
+
+    Attributes:
+        options: Values of the verb's keywords.
+        model: Arguments with which a model of a registered name is built.
+    """
+
+    options: Mapping[str, Any]
+    model: Mapping[str, Any]
+
+
+RECIPES: dict[str, Published] = {}
 """Published settings of training, by name."""
 _BESIDE = "command.json"
 """What a written model says of the command that made it."""
+
+_NOTHING = Published(options={}, model={})
 
 _OUT = Word(
     name="out",
@@ -71,7 +88,7 @@ def _command(
     summary: str,
     *,
     writes: bool,
-    recipes: Mapping[str, Mapping[str, Any]] | None = None,
+    recipes: Mapping[str, Published] | None = None,
 ) -> Callable[..., None]:
     """Make the command of a verb; the first model it takes is the one that is written.
 
@@ -89,10 +106,12 @@ def _command(
         as_json, config = typed.pop("as_json"), typed.pop("config")
         file = read_command(config, verb.__name__, words) if config else {}
         chosen = typed.get("recipe") or file.get("recipe")
-        recipe = _recipe(chosen, recipes or {}) if chosen else {}
-        values = settle(words, verb.__name__, typed=typed, file=file, recipe=recipe)
+        recipe = _recipe(chosen, recipes or {}) if chosen else _NOTHING
+        values = settle(
+            words, verb.__name__, typed=typed, file=file, recipe=recipe.options
+        )
         opened = {
-            word.name: open_model(values[word.name], pretrained=values["pretrained"])
+            word.name: _opened(word, values, recipe)
             for word in own
             if word.is_model and values[word.name] is not None
         }
@@ -135,7 +154,20 @@ def _call(
     return verb(*first, **arguments)
 
 
-def _recipe(name: str, known: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+def _opened(word: Word, values: Mapping[str, Any], recipe: Published) -> NamedModel:
+    """Open a model; the one that learns is built as the recipe builds it."""
+    learns = word.positional
+    arguments = dict(recipe.model) if learns else {}
+    opened = open_model(
+        values[word.name], pretrained=values["pretrained"], arguments=arguments
+    )
+    if arguments and opened.weights == "folder":
+        told = ", ".join(f"{name}={value}" for name, value in arguments.items())
+        note(f"Warning: {opened.name} is a folder and stays as built, without {told}.")
+    return opened
+
+
+def _recipe(name: str, known: Mapping[str, Published]) -> Published:
     if name not in known:
         raise InvalidOption(
             asked=f"--recipe {name}",

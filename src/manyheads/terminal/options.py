@@ -81,7 +81,7 @@ class Word:
                 names = [f"{self.flag}/--no-{self.flag[2:]}"]
             if self.default not in (REQUIRED, None):
                 told += f" Default {_shown(self.default)}."
-            info = typer.Option(*names, help=told)
+            info = typer.Option(*names, help=told, metavar=self._metavar(kind))
         return inspect.Parameter(
             self.name,
             inspect.Parameter.KEYWORD_ONLY,
@@ -91,16 +91,24 @@ class Word:
 
     def _typed(self) -> Any:
         """Choose the type that typer checks by itself, or text for what it cannot."""
-        simple = {kind for kind in self.kinds if kind is not type(None)}
-        if simple == {bool}:
+        kinds = set(self.kinds)
+        if self.default is None:
+            # To leave it out is to say none.
+            kinds.discard(type(None))
+        if kinds == {bool}:
             return bool
-        if simple == {int}:
+        if kinds == {int}:
             return int
-        if simple == {int, float}:
+        if kinds == {int, float}:
             return float
-        if len(simple) == 1 and get_origin(next(iter(simple))) is Literal:
-            return next(iter(simple))
+        if len(kinds) == 1 and get_origin(next(iter(kinds))) is Literal:
+            return next(iter(kinds))
         return str
+
+    def _metavar(self, kind: Any) -> str | None:
+        """Say what text stands for where typer would say no more than text."""
+        numbers = {int, float} & set(self.kinds)
+        return "NUMBER|none" if kind is str and numbers else None
 
 
 def words_of(verb: Callable[..., Any]) -> tuple[Word, ...]:
@@ -321,6 +329,6 @@ def _arguments_told(docstring: str) -> dict[str, str]:
         elif inside and (entry := _ENTRY.match(line)):
             name = entry[1]
             found[name] = entry[2]
-        elif inside and name:
+        elif inside and name and line.strip():
             found[name] += f" {line.strip()}"
     return found
