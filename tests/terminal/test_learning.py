@@ -69,6 +69,16 @@ def test_a_file_gives_what_the_command_line_does_not(
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_the_example_of_the_documentation_runs(
+    terminal: Terminal, teacher: str, pictures: str, tmp_path: Path
+) -> None:
+    example = Path(__file__).parents[2] / "examples" / "train.toml"
+    places = ("--run-dir", str(tmp_path / "run"), "--out", str(tmp_path / "out"))
+    smaller = ("--epochs", "1", "--validation", pictures, *QUICK)
+    words = ("train", teacher, pictures, "--config", str(example))
+    assert terminal.json(*words, *places, *smaller)["config"]["learning_rate"] == 1e-3
+
+
 def test_what_a_run_keeps_repeats_it(
     terminal: Terminal, teacher: str, pictures: str, tmp_path: Path
 ) -> None:
