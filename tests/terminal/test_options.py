@@ -22,6 +22,14 @@ class Jitter:
     area: tuple[float | int, float | int] | None = None
     times: int = 1
 
+    @classmethod
+    def strong(cls) -> Jitter:
+        return cls(times=3)
+
+    @classmethod
+    def read(cls, text: str) -> Jitter:
+        return cls(flip=float(text))
+
 
 def verb(
     model: nn.Module,
@@ -63,6 +71,7 @@ WORDS = {word.name: word for word in words_of(verb)}
         ("limit", "none", None),
         ("augment", "false", False),
         ("augment", "flip=0.25,times=2", Jitter(flip=0.25, times=2)),
+        ("augment", "strong", Jitter(times=3)),
         ("mode", "hard", "hard"),
         ("stages", "3,4,5", (3, 4, 5)),
         ("teacher", "deit_tiny_patch16_224", "deit_tiny_patch16_224"),
@@ -105,7 +114,8 @@ def test_values_of_a_file_are_taken_as_they_are(
         ("mode", "sotf", ["'sotf'", "'soft', 'hard'"]),
         ("augment", {"flp": 1}, ["'flp'", "Did you mean 'flip'"]),
         ("augment", {"flip": "x"}, ["flip = 'x'"]),
-        ("augment", 3, ["a table of flip, area, times"]),
+        ("augment", 3, ["'strong'", "a table of flip, area, times"]),
+        ("augment", "read", ["'read'"]),
         ("stages", ["x"], ["a list"]),
         ("progress", "yes", ["true or false"]),
     ],

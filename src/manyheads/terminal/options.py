@@ -178,7 +178,7 @@ def plain_value(value: Any) -> Any:
 
 def _as_kind(value: Any, kind: Any, where: str) -> tuple[bool, Any]:
     """Say whether a value is of a kind, and give it as one."""
-    origin = get_origin(kind)
+    origin, no = get_origin(kind), (False, None)
     if origin is Literal:
         return any(value == c and type(value) is type(c) for c in get_args(kind)), value
     if kind is type(None):
@@ -192,9 +192,11 @@ def _as_kind(value: Any, kind: Any, where: str) -> tuple[bool, Any]:
         return isinstance(value, str), value
     if is_dataclass(kind) and isinstance(value, Mapping):
         return True, _built(kind, value, where)
+    if is_dataclass(kind) and isinstance(value, str):
+        return (True, _presets(kind)[value]()) if value in _presets(kind) else no
     if origin in _LISTS and isinstance(value, list | tuple):
         return _as_items(value, get_args(kind), where)
-    return False, None
+    return no
 
 
 def _as_items(value: Sequence[Any], kinds: Any, where: str) -> tuple[bool, Any]:
@@ -211,6 +213,18 @@ def _as_items(value: Sequence[Any], kinds: Any, where: str) -> tuple[bool, Any]:
             return False, None
         made.append(good[0])
     return True, tuple(made)
+
+
+def _presets(kind: Any) -> dict[str, Callable[[], Any]]:
+    """List the ready values of a class: its class methods that need no argument."""
+    found: dict[str, Callable[[], Any]] = {}
+    for name in vars(kind):
+        made = getattr(kind, name)
+        if inspect.ismethod(made) and not name.startswith("_"):
+            needed = [p.default for p in inspect.signature(made).parameters.values()]
+            if REQUIRED not in needed:
+                found[name] = made
+    return found
 
 
 def _built(kind: Any, value: Mapping[str, Any], where: str) -> Any:
@@ -295,6 +309,7 @@ def _described(kinds: Sequence[Any]) -> str:
         elif kind in names:
             told.append(names[kind])
         elif is_dataclass(kind) and isinstance(kind, type):
+            told += [repr(name) for name in _presets(kind)]
             told.append(f"a table of {', '.join(f.name for f in fields(kind))}")
         elif get_origin(kind) in _LISTS:
             told.append("a list")

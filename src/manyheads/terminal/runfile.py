@@ -130,8 +130,11 @@ def written(command: str, values: Mapping[str, Any]) -> dict[str, Any]:
     }
     plain = {name: plain_value(value) for name, value in values.items()}
     for name, value in plain.items():
-        if isinstance(value, str) and value and Path(value).exists():
-            plain[name] = str(Path(value).resolve())
+        if isinstance(value, str):
+            # A source of images may name a part of it: photos[test].
+            place, bracket, part = value.partition("[")
+            if place and Path(place).exists():
+                plain[name] = f"{Path(place).resolve()}{bracket}{part}"
     for name in ("out", "run_dir"):
         if plain.get(name):
             plain[name] = str(Path(plain[name]).resolve())
