@@ -210,6 +210,21 @@ def test_a_named_recipe_stands_below_the_file_and_the_words(
     assert "stays as built, without drop_path_rate=0.1" in err
 
 
+def test_only_the_first_of_many_processes_speaks_and_writes(
+    terminal: Terminal,
+    teacher: str,
+    pictures: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Without its other variables torchrun's rank is nothing but a number here.
+    monkeypatch.setenv("RANK", "1")
+    words = ("train", teacher, pictures, "--epochs", "1", *QUICK)
+    code, out, _ = terminal(*words, "--out", str(tmp_path / "out"))
+    assert (code, out) == (0, "")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("there", [False, True], ids=["new", "there"])
 def test_a_run_that_is_refused_at_once_leaves_no_trace(
     terminal: Terminal, teacher: str, there: bool, tmp_path: Path

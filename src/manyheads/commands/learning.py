@@ -17,7 +17,7 @@ import typer
 from manyheads import healing, training
 from manyheads.checkpoint import save
 from manyheads.errors import InvalidOption, nearest
-from manyheads.terminal.console import note, show
+from manyheads.terminal.console import is_first_process, note, show
 from manyheads.terminal.options import REQUIRED, Word, words_of
 from manyheads.terminal.runfile import (
     kept_beside,
@@ -118,8 +118,11 @@ def _command(
         again = written(verb.__name__, values)
         arguments = {word.name: values[word.name] for word in own}
         arguments |= {name: one.model for name, one in opened.items()}
-        with kept_beside(values.get("run_dir"), again):
+        first = is_first_process()
+        with kept_beside(values.get("run_dir") if first else None, again):
             found = _call(verb, own, arguments)
+        if not first:
+            return
         named = list(opened.values())
         if writes:
             _write(named[0], Path(values["out"]), again)

@@ -1,7 +1,6 @@
 """The folder of a run: what it is, how far it got, and how to go on from there.
 
     run/run.json                       the configuration; another one is refused
-    run/config.json                    the command that asked, if the terminal did
     run/step-120.0/model.safetensors   the weights
     run/step-120.0/state.pt            optimiser and position, tensors and plain values
     run/step-120.0/sums.json           digests of the two, written last
@@ -33,7 +32,6 @@ __all__ = ["Journal"]
 
 FORMAT, VERSION = "manyheads.run", 1
 CARD, WEIGHTS, STATE, SUMS = "run.json", "model.safetensors", "state.pt", "sums.json"
-COMMAND = "config.json"
 _DRAFT = ".writing-"
 _DAMAGE = (
     OSError,
@@ -64,8 +62,9 @@ class Journal:
         self.config = json.loads(json.dumps(config))
         if self.folder.exists() and not self.folder.is_dir():
             raise self._error("it is a file", "Choose another run_dir.")
+        # The terminal keeps the command that asked beside the run.
         foreign = self.folder.is_dir() and any(
-            not entry.name.startswith(".") and entry.name != COMMAND
+            not entry.name.startswith(".") and entry.name != "config.json"
             for entry in self.folder.iterdir()
         )
         if foreign and not (self.folder / CARD).is_file():

@@ -8,6 +8,7 @@ with Ctrl-C.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import traceback
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from manyheads.errors import ManyheadsError
 
-__all__ = ["note", "run", "show"]
+__all__ = ["is_first_process", "note", "run", "show"]
 
 OURS, USERS, STOPPED = 1, 2, 130
 _DEBUG = "--debug"
@@ -49,6 +50,11 @@ def show(
         return
     lines = [str(result), *(str(model) for model in models)]
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def is_first_process() -> bool:
+    """Say whether this process speaks and writes for all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def note(text: str) -> None:
