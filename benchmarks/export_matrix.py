@@ -30,7 +30,7 @@ from manyheads.artifacts import Target
 from manyheads.attention import MECHANISMS, AttentionSpec
 from manyheads.errors import ManyheadsError, NotExportable
 
-__all__ = ["FAMILIES", "SPECS", "main", "table"]
+__all__ = ["FAMILIES", "SPECS", "export_cell", "main", "table"]
 
 DOCS = Path(__file__).parent.parent / "docs"
 RECORD, PAGE = DOCS / "export_matrix.json", DOCS / "export.md"
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name in SPECS:
                 key = f"{family} | {name} | {target}"
                 if key not in found:
-                    found[key] = _cell(family, name, target)
+                    found[key] = export_cell(family, name, target)
                     RECORD.write_text(json.dumps(found, indent=1) + "\n")
                     print(key, found[key], flush=True)
     text = PAGE.read_text(encoding="utf-8")
@@ -160,7 +160,8 @@ def _shown(cell: dict[str, Any] | None, reasons: list[str]) -> str:
     return "any size" if cell["cell"] else "native size"
 
 
-def _cell(family: str, name: str, target: Target) -> dict[str, Any]:
+def export_cell(family: str, name: str, target: Target) -> dict[str, Any]:
+    """Export one mechanism in one family to one target, and say what came of it."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         ending = "onnx" if target == "onnx" else "pt2"

@@ -1,10 +1,11 @@
 """Times exported files in onnxruntime: does the saving survive the export?
 
-    python -m benchmarks.exported                      DeiT-S, 224 and 1080p
-    python -m benchmarks.exported --model deit_tiny_patch16_224 --sizes 224x224
+python -m benchmarks.exported             DeiT-S, every mechanism, 224 and 1080p
+python -m benchmarks.exported --smoke     tiny; shows only that it runs
 
-One softmax model and one with Hydra in every block, random weights, each exported once
-(and verified), take turns in one process; the ratio is taken within each round.
+Models with random weights, softmax first, are each exported once (and verified), and
+take turns in one process; the ratio to softmax is taken within each round. The tests of
+exporting go first: no time is taken where they fail.
 """
 
 from __future__ import annotations
@@ -12,98 +13,183 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-import manyheads as mh
+from benchmarks.kinds import Case, Entry
 from benchmarks.records import FORMAT, RESULTS, VERSION, write_record
+from benchmarks.render import render
+from benchmarks.run import Gate
+from manyheads import (
+    Compact,
+    Hallucinated,
+    Hydra,
+    Interactive,
+    Recipe,
+    Swap,
+    convert,
+    cost,
+    export,
+)
 from manyheads.artifacts import Artifact, open_artifact
 from manyheads.gauges.machine import conditions
 from manyheads.gauges.stopwatch import race, ratios, spread
+from manyheads.geometry import fit_to_patches
 
-__all__ = ["main"]
+__all__ = ["CASE", "ExportedCase", "main"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedCase(Case):
+    """Whole models as ONNX files, one image at a time; the first entry is the base.
+
+    Attributes:
+        architecture: Registered name.
+        arguments: Arguments of the architecture.
+        entries: What is done to it.
+        sizes: Height and width of each measurement; every file runs at all of them.
+    """
+
+    architecture: str
+    arguments: tuple[tuple[str, int], ...] = ()
+    entries: tuple[Entry, ...]
+    sizes: tuple[tuple[int, int], ...]
+
+
+CASE = ExportedCase(
+    name="exported_deit_small",
+    gate=("tests/test_exporting.py",),
+    budget_s=480.0,
+    extra=True,
+    architecture="deit_small_patch16_224",
+    entries=(
+        Entry(label="softmax"),
+        *(
+            Entry(label=f"{spec} in all blocks", recipe=Recipe(Swap(attention=spec)))
+            for spec in (Hydra(), Interactive(), Hallucinated())
+        ),
+        Entry(
+            label="Hallucinated() + Compact() in all blocks",
+            recipe=Recipe(Swap(attention=Hallucinated(), ffn=Compact())),
+        ),
+    ),
+    sizes=((224, 224), (1080, 1920)),
+)
+SMOKE = replace(
+    CASE,
+    name="smoke_exported",
+    rounds=2,
+    budget_s=2.0,
+    architecture="deit_tiny_patch16_224",
+    arguments=(("img_size", 32), ("depth", 2), ("embed_dim", 48)),
+    entries=CASE.entries[:2],
+    sizes=((32, 32), (40, 64)),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Export, race, record and print."""
+    """Export, race and record; 0 done, 1 red tests."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", default="deit_small_patch16_224")
-    parser.add_argument("--sizes", nargs="+", default=["224x224", "1080x1920"])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds a size")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own number")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="folder of the record")
     wanted = parser.parse_args(arguments)
-    if wanted.threads:
-        torch.set_num_threads(wanted.threads)
+    threads = wanted.threads or (1 if wanted.smoke else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    case = SMOKE if wanted.smoke else CASE
+    if not wanted.smoke and not Gate().passes(case):
+        print(f"{case.name}: its tests fail, so no time is taken", file=sys.stderr)
+        return 1
+    started = time.perf_counter()
+    record = _record(case, _rows(case))
+    record["wall_s"] = round(time.perf_counter() - started, 1)
+    with tempfile.TemporaryDirectory() as scratch:
+        default = Path(scratch) if wanted.smoke else RESULTS
+        path = write_record(record, wanted.out or default)
+    print(render([record]))
+    print(f"\nrecorded as {path.name} after {record['wall_s']:.0f} s")
+    return 0
+
+
+def _rows(case: ExportedCase) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    teacher = timm.create_model(wanted.model, pretrained=False).eval()
-    student = mh.convert(teacher, mh.Recipe(mh.Swap(attention=mh.Hydra())))
-    rows: list[dict[str, Any]] = []
+    base = timm.create_model(case.architecture, **dict(case.arguments)).eval()
+    models: dict[str, nn.Module] = {
+        entry.label: convert(base, entry.recipe) if entry.recipe else base
+        for entry in case.entries
+    }
     with tempfile.TemporaryDirectory() as folder:
         files: dict[str, Artifact] = {}
-        for name, model in {"Softmax()": teacher, "Hydra()": student}.items():
-            done = mh.export(model, Path(folder) / f"{len(files)}.onnx")
+        sizes_mib: dict[str, float] = {}
+        for place, (label, model) in enumerate(models.items()):
+            done = export(model, Path(folder) / f"{place}.onnx")
             print(done, file=sys.stderr)
-            files[name] = open_artifact(done.path)
-        for size in wanted.sizes:
-            rows += _race(files, _size(size), wanted.rounds, wanted.budget)
-    case = {"name": "exported_onnx", "model": wanted.model, "sizes": wanted.sizes}
-    record = {
+            files[label] = open_artifact(done.path)
+            sizes_mib[label] = done.size_mib
+        rows = []
+        for size in case.sizes:
+            laps = _race(list(files.values()), size, case)
+            for (label, model), lap in zip(models.items(), laps, strict=True):
+                cell = files[label].card.cell or size
+                rows.append(
+                    {
+                        "name": label,
+                        "image_size": list(size),
+                        "fed_size": list(fit_to_patches(size, cell)),
+                        "rounds": len(lap),
+                        "flops": cost(model, image_size=size).flops,
+                        "file_mib": sizes_mib[label],
+                        "ms": asdict(spread([1e3 * second for second in lap])),
+                        "ratio": asdict(ratios(lap, laps[0])),
+                    }
+                )
+    return rows
+
+
+def _race(
+    files: Sequence[Artifact], size: tuple[int, int], case: ExportedCase
+) -> Sequence[Sequence[float]]:
+    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    return race(
+        [_call(file, image) for file in files],
+        rounds=case.rounds,
+        budget_s=case.budget_s / len(case.sizes),
+        device=torch.device("cpu"),
+    )
+
+
+def _call(file: Artifact, image: Tensor) -> Callable[[], object]:
+    return lambda: file(image)
+
+
+def _record(case: ExportedCase, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
         "format": FORMAT,
         "version": VERSION,
         "kind": "exported",
-        "case": case,
+        "case": {
+            "name": case.name,
+            "gate": list(case.gate),
+            "rounds": case.rounds,
+            "budget_s": case.budget_s,
+            "architecture": case.architecture,
+            "arguments": dict(case.arguments),
+            "entries": [repr(entry) for entry in case.entries],
+            "sizes": [list(size) for size in case.sizes],
+        },
         "rows": rows,
         "conditions": conditions(torch.device("cpu"), torch.float32)
         | {"weights": "random", "runtime": "onnxruntime, CPU", "batch": 1},
     }
-    print(write_record(record, wanted.out))
-    for row in rows:
-        print(
-            f"{row['model']} at {row['image_size']}: "
-            f"{row['latency_ms']['median']:.1f} ms, {row['ratio']['median']:.2f} x "
-            f"[{row['ratio']['lower']:.2f}-{row['ratio']['upper']:.2f}] of softmax"
-        )
-    return 0
-
-
-def _race(
-    files: dict[str, Artifact], size: tuple[int, int], rounds: int, budget_s: float
-) -> list[dict[str, Any]]:
-    image = torch.randn(1, 3, *size)
-    laps = race(
-        [_call(artifact, image) for artifact in files.values()],
-        rounds=rounds,
-        budget_s=budget_s,
-        device=torch.device("cpu"),
-    )
-    return [
-        {
-            "model": name,
-            "image_size": list(size),
-            "rounds": len(lap),
-            "latency_ms": asdict(spread([1e3 * second for second in lap])),
-            "ratio": asdict(ratios(lap, laps[0])),
-        }
-        for name, lap in zip(files, laps, strict=True)
-    ]
-
-
-def _call(artifact: Artifact, image: Tensor) -> Callable[[], object]:
-    return lambda: artifact(image)
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    return int(height), int(width)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ TABLES: dict[str, Table] = {
     "compact": of_cases("hallucinated_deit_"),
     "core": of_cases("hydra_core_"),
     "demo": Table(select=_newest_demo),
+    "exported": of_kinds("exported"),
     "hallucinated": of_cases("hallucinated_core_", "hallucinated_attention_"),
     "interactive": of_cases("interactive_"),
     "ivit": of_cases("ivit_"),

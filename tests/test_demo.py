@@ -82,7 +82,8 @@ def test_it_prints_each_cost_with_its_ratio_and_names_random_weights(
 
 def test_nothing_else_is_left_in_the_folder(found: Demo) -> None:
     names = sorted(path.name for path in found.folder.iterdir())
-    assert names == ["demo.json", "demo.png", "maps.png", "report.html", "student"]
+    pictures = ["demo.png", "maps_1.png", "maps_2.png"]
+    assert names == ["demo.json", *pictures, "report.html", "student"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
@@ -95,8 +96,21 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     assert "1/5" not in capsys.readouterr().err
 
 
+def test_the_maps_show_teacher_swapped_and_healed_beside_the_digit(
+    found: Demo,
+) -> None:
+    first, second = (
+        Image.open(found.folder / f"maps_{number}.png") for number in (1, 2)
+    )
+    # Four square panels and a colour bar across, three blocks down.
+    assert 1.0 < first.width / first.height < 1.3
+    assert first.size == second.size
+    assert first.tobytes() != second.tobytes()
+
+
 def test_it_ends_with_a_page_that_shows_all_of_it(found: Demo) -> None:
     page = (found.folder / "report.html").read_text()
     assert str(found).endswith(f"Open {found.folder / 'report.html'} to see it all.")
-    assert page.count('<img alt="') == 2
+    assert page.count('<img alt="') == 3
+    assert page.count("before and after healing</figcaption>") == 2
     assert all(row.model in page for row in found.rows)

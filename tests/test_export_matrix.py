@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Literal
 
 import pytest
 
 pytest.importorskip("onnxruntime", reason="needs the extra: manyheads[export]")
 pytest.importorskip("transformers", reason="needs the extra: manyheads[hf]")
 
-from benchmarks.export_matrix import FAMILIES, PAGE, RECORD, SPECS, table
+from benchmarks.export_matrix import FAMILIES, PAGE, RECORD, SPECS, export_cell, table
 
 from manyheads.attention import MECHANISMS
 
@@ -26,3 +27,16 @@ def test_every_mechanism_and_family_has_its_cell_for_both_portable_targets() -> 
 
 def test_the_page_shows_the_record() -> None:
     assert table(json.loads(RECORD.read_text())) in PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["pt2", "onnx"])
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_cell_is_still_what_was_recorded(
+    family: str, name: str, target: Literal["pt2", "onnx"], untyped: None
+) -> None:
+    recorded = json.loads(RECORD.read_text())[f"{family} | {name} | {target}"]
+    found = export_cell(family, name, target)
+    assert found["cell"] == (recorded["cell"] and tuple(recorded["cell"]))
+    assert bool(found["refused"]) == bool(recorded["refused"])

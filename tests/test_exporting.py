@@ -16,15 +16,15 @@ from torch import Tensor, nn
 import manyheads as mh
 from manyheads.artifacts import Card, open_artifact
 from manyheads.attention import MECHANISMS, AttentionSpec
+from manyheads.data import digits
 from manyheads.data.photographs import prepare_files, sample_photographs
 from manyheads.errors import (
-    DataError,
     ImageSizeError,
-    InvalidOption,
     NotExportable,
 )
 from manyheads.exporting import Exported
 from manyheads.hosts import find_host
+from tests.exports import each_target, file_for, small_model
 from tests.helpers import assert_close, tiny_vit
 
 onnx = pytest.importorskip("onnx", reason="needs the extra: manyheads[export]")
@@ -33,27 +33,10 @@ pytest.importorskip("onnxruntime", reason="needs the extra: manyheads[export]")
 # The tracer passes symbolic sizes where the type checks know only int.
 pytestmark = pytest.mark.usefixtures("untyped")
 
-TARGETS = [
-    pytest.param("pt2", id="pt2"),
-    pytest.param("onnx", id="onnx"),
-    pytest.param("aoti", id="aoti", marks=pytest.mark.slow),
-]
 # The default landmarks want more patches than a tiny image has.
 SMALL: dict[type[AttentionSpec], AttentionSpec] = {
     mh.Interactive: mh.Interactive(landmarks=(2, 2))
 }
-each_target = pytest.mark.parametrize("target", TARGETS)
-
-
-def _model(spec: AttentionSpec | None = None, **changes: object) -> nn.Module:
-    swap = mh.Swap(blocks=[1], attention=spec or mh.Hydra(), ffn=mh.Compact())
-    return mh.convert(
-        tiny_vit(**{"depth": 2, "embed_dim": 32} | changes), mh.Recipe(swap)
-    )
-
-
-def _path(folder: Path, target: str) -> Path:
-    return folder / f"{target}.{'onnx' if target == 'onnx' else 'pt2'}"
 
 
 @each_target
@@ -62,8 +45,8 @@ def test_every_mechanism_reaches_every_target_at_any_size(
     kind: type[AttentionSpec], target: str, tmp_path: Path
 ) -> None:
     spec = SMALL.get(kind, kind())
-    model = _model(spec)
-    path = _path(tmp_path, target)
+    model = small_model(spec)
+    path = file_for(tmp_path, target)
     exported = mh.export(model, path, target=target)
     assert exported.target == target
     assert exported.cell == (8, 8)
@@ -72,7 +55,7 @@ def test_every_mechanism_reaches_every_target_at_any_size(
     assert all(check.difference <= 1e-4 for check in exported.checks)
     # Sizes that the verification did not look at, and another batch.
     artifact = open_artifact(path)
-    reference = _model(spec, dynamic_img_size=True)
+    reference = small_model(spec, dynamic_img_size=True)
     reference.load_state_dict(model.state_dict())
     images = torch.randn(3, 3, 72, 24)
     assert_close(artifact(images), reference(images).detach(), slack=5)
@@ -84,7 +67,7 @@ def test_every_mechanism_reaches_every_target_at_any_size(
 def test_half_types_stay_within_their_tolerance(
     target: str, dtype: str, tmp_path: Path
 ) -> None:
-    exported = mh.export(_model(), _path(tmp_path, target), dtype=dtype)
+    exported = mh.export(small_model(), file_for(tmp_path, target), dtype=dtype)
     assert exported.dtype == dtype
     assert 1e-6 < max(c.difference for c in exported.checks) <= exported.tolerance
     outputs = open_artifact(exported.path)(torch.randn(1, 3, 32, 32))
@@ -92,7 +75,7 @@ def test_half_types_stay_within_their_tolerance(
 
 
 def test_the_file_says_what_it_is(tmp_path: Path) -> None:
-    model = _model()
+    model = small_model()
     exported = mh.export(model, tmp_path / "m.pt2", dynamic=False)
     card = open_artifact(exported.path).card
     assert card.recipe == mh.Recipe.from_dict(card.recipe).to_dict()
@@ -109,7 +92,7 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
 def test_the_onnx_file_carries_its_card_where_onnx_keeps_such_things(
     tmp_path: Path,
 ) -> None:
-    mh.export(_model(), tmp_path / "m.onnx")
+    mh.export(small_model(), tmp_path / "m.onnx")
     written = onnx.load(tmp_path / "m.onnx")
     properties = {p.key: p.value for p in written.metadata_props}
     assert json.loads(properties["manyheads.json"])["format"] == "manyheads.exported"
@@ -118,7 +101,7 @@ def test_the_onnx_file_carries_its_card_where_onnx_keeps_such_things(
 
 
 def test_a_file_runs_where_this_package_is_not_installed(tmp_path: Path) -> None:
-    model, images = _model(), torch.randn(2, 3, 32, 48)
+    model, images = small_model(), torch.randn(2, 3, 32, 48)
     path = mh.export(model, tmp_path / "m.pt2").path
     torch.save(images, tmp_path / "images.pt")
     code = (
@@ -169,7 +152,7 @@ def test_a_tolerance_that_nothing_meets_refuses_and_keeps_what_was_there(
     path = tmp_path / "m.pt2"
     path.write_bytes(b"mine")
     with pytest.raises(NotExportable, match=r"at 32x32.*1e-30 is allowed.*removed"):
-        mh.export(_model(), path, tolerance=1e-30)
+        mh.export(small_model(), path, tolerance=1e-30)
     assert path.read_bytes() == b"mine"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -202,7 +185,7 @@ def test_branches_are_folded_and_the_model_keeps_its_own(tmp_path: Path) -> None
 
 
 def test_the_model_is_not_touched(tmp_path: Path) -> None:
-    model = _model().train()
+    model = small_model().train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     mh.export(model, tmp_path / "m.pt2", dtype="float16")
     assert model.training
@@ -212,7 +195,7 @@ def test_the_model_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_int8_states_its_accuracy_on_labelled_images(tmp_path: Path) -> None:
-    model = _model()
+    model = small_model()
     images = prepare_files(sample_photographs() * 10, _image(model))
     labels = model(images).argmax(dim=-1)
     path = tmp_path / "m.onnx"
@@ -231,7 +214,7 @@ def test_a_folder_with_classes_counts_as_labelled(tmp_path: Path) -> None:
         (tmp_path / "photos" / str(number)).mkdir(parents=True)
         os.symlink(file, tmp_path / "photos" / str(number) / file.name)
     exported = mh.export(
-        _model(), tmp_path / "m.pt2", images=tmp_path / "photos", dynamic=False
+        small_model(), tmp_path / "m.pt2", images=tmp_path / "photos", dynamic=False
     )
     assert exported.labelled is not None
     assert exported.labelled.accuracy_file == exported.labelled.accuracy_model
@@ -239,8 +222,8 @@ def test_a_folder_with_classes_counts_as_labelled(tmp_path: Path) -> None:
 
 
 def test_a_size_between_patches_is_padded_as_the_library_pads(tmp_path: Path) -> None:
-    padded = mh.export(_model(), tmp_path / "m.pt2")
-    reference = _model(dynamic_img_size=True, dynamic_img_pad=True)
+    padded = mh.export(small_model(), tmp_path / "m.pt2")
+    reference = small_model(dynamic_img_size=True, dynamic_img_pad=True)
     artifact = open_artifact(padded.path)
     reference.load_state_dict(_state(artifact, reference))
     images = torch.randn(1, 3, 35, 46)
@@ -248,100 +231,53 @@ def test_a_size_between_patches_is_padded_as_the_library_pads(tmp_path: Path) ->
 
 
 def test_a_fixed_file_names_the_size_it_takes(tmp_path: Path) -> None:
-    path = mh.export(_model(), tmp_path / "m.pt2", dynamic=False).path
+    path = mh.export(small_model(), tmp_path / "m.pt2", dynamic=False).path
     with pytest.raises(ImageSizeError, match=r"48x32.*exported for 32x32 only"):
         open_artifact(path)(torch.randn(1, 3, 48, 32))
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "facts"),
-    [
-        ("m.onnx", {"dtype": "bfloat16"}, "CPU kernels.*bfloat16"),
-        ("m.pt2", {"int8": True}, "int8 is offered for onnx, not for 'pt2'"),
-        ("m.onnx", {"int8": True, "dtype": "float16"}, "float32 weights"),
-    ],
-)
-def test_what_a_target_cannot_hold_is_refused_with_the_reason(
-    name: str, options: dict[str, object], facts: str, tmp_path: Path
+@each_target
+def test_another_native_size_is_what_the_file_takes(
+    target: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(NotExportable, match=facts):
-        mh.export(_model(), tmp_path / name, **options)
-    assert list(tmp_path.iterdir()) == []
+    model = small_model()
+    path = file_for(tmp_path, target)
+    exported = mh.export(model, path, target=target, dynamic=False, image_size=(48, 64))
+    assert [check.image_size for check in exported.checks] == [(48, 64)]
+    artifact = open_artifact(path)
+    assert artifact.card.image.size == (48, 64)
+    reference = small_model(dynamic_img_size=True)
+    reference.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 48, 64)
+    assert_close(artifact(images), reference(images).detach(), slack=5)
+    assert model.patch_embed.img_size == (32, 32)
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "facts"),
-    [
-        ("m.bin", {}, "ending '.bin'.*model.onnx"),
-        ("m.onnx", {"target": "aoti"}, "ending '.onnx'"),
-        ("m.pt2", {"target": "onxx"}, "'onxx'.*Did you mean 'onnx'"),
-        ("m.pt2", {"dtype": "int4"}, "'int4'.*float32"),
-        ("m.pt2", {"tolerance": 0.0}, "tolerance=0.0"),
-    ],
-)
-def test_options_that_no_export_could_use_are_refused(
-    name: str, options: dict[str, object], facts: str, tmp_path: Path
-) -> None:
-    with pytest.raises(InvalidOption, match=facts):
-        mh.export(_model(), tmp_path / name, **options)
-
-
-def test_a_model_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(NotExportable, match="meta device"):
-        mh.export(tiny_vit(device="meta"), tmp_path / "m.pt2")
-
-
-class _Undecided(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x if x.sum() > 0 else -x
-
-
-def test_a_model_that_cannot_be_traced_is_refused_with_the_tracer_s_words(
-    tmp_path: Path,
-) -> None:
-    model = tiny_vit(depth=1)
-    model.norm = nn.Sequential(model.norm, _Undecided())
-    with pytest.raises(NotExportable, match=r"the exporter fails: .*Guard"):
-        mh.export(model, tmp_path / "m.pt2")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_paths_that_cannot_be_written_are_refused_before_any_work(
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "a.pt2").mkdir()
-    with pytest.raises(NotExportable, match=r"a\.pt2, but a folder is there"):
-        mh.export(_model(), tmp_path / "a.pt2")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(NotExportable, match="cannot be written"):
-        mh.export(_model(), tmp_path / "file" / "m.pt2")
-    with pytest.raises(NotExportable, match="cannot be written"):
-        mh.export(_model(), "/proc/nowhere/m.pt2")
-
-
-def test_opening_what_export_did_not_write_says_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
-        open_artifact(tmp_path / "none.onnx")
-    for name in ("bytes.onnx", "bytes.pt2"):
-        (tmp_path / name).write_bytes(b"\x00" * 100)
-        with pytest.raises(DataError, match=r"cannot be opened|neither a \.pt2"):
-            open_artifact(tmp_path / name)
-    program = torch.export.export(nn.Linear(2, 2), (torch.randn(1, 2),))
-    torch.export.save(program, tmp_path / "foreign.pt2")
-    with pytest.raises(DataError, match="carries no description"):
-        open_artifact(tmp_path / "foreign.pt2")
-
-
-def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
-    exported = mh.export(_model(), tmp_path / "m.pt2", dynamic=False)
-    whole = exported.path.read_bytes()
-    exported.path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"m\.pt2"):
-        open_artifact(exported.path)
+def test_int8_keeps_the_accuracy_of_a_trained_model(tmp_path: Path) -> None:
+    (images, labels), (held_out, answers) = digits(image_size=32)
+    model = tiny_vit(depth=1, embed_dim=32, class_token=False, global_pool="avg")
+    mh.train(
+        model,
+        (images, labels),
+        epochs=20,
+        learning_rate=5e-3,
+        warmup_epochs=0.5,
+        progress=False,
+    )
+    exported = mh.export(
+        model.eval(), tmp_path / "m.onnx", int8=True, images=(held_out, answers)
+    )
+    found = exported.labelled
+    assert found is not None
+    assert found.images == len(answers)
+    assert found.accuracy_model > 0.75
+    assert abs(found.accuracy_file - found.accuracy_model) < 0.02
+    plain = mh.export(model, tmp_path / "plain.onnx")
+    assert exported.size_mib < plain.size_mib
 
 
 def test_exported_is_the_result_type(tmp_path: Path) -> None:
-    exported = mh.export(_model(), tmp_path / "new" / "m.pt2", dynamic=False)
+    exported = mh.export(small_model(), tmp_path / "new" / "m.pt2", dynamic=False)
     assert isinstance(exported, Exported)
     assert exported.path.stat().st_mode & 0o444
     assert exported.path.parent.name == "new"

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import manyheads as mh
 from manyheads.attention import MECHANISMS, AttentionSpec
 from manyheads.attention.base import apply_maps
 from manyheads.data.photographs import sample_photographs
 from manyheads.errors import DataError, InvalidOption, ManyheadsError, MapsTooLarge
+from manyheads.geometry import Geometry
 from manyheads.hosts import mechanism_of
 from manyheads.maps import attention_rollout
 from tests.helpers import assert_close, tiny_vit
@@ -27,6 +30,10 @@ VARIANTS: tuple[AttentionSpec, ...] = (
     mh.Hydra(kernel="mean"),
     mh.Hydra(kernel="aft"),
     mh.Hydra(reference_tokens=9),
+    mh.Interactive(landmarks=(2, 3), mix="both"),
+    mh.Hallucinated(stage="logits", rank=2, cross_map=True),
+    mh.Hallucinated(kernel_size=5, rank="full", exempt_prefix=False),
+    mh.Hallucinated(layout="grid", rank=3, cross_map=True),
 )
 each_spec = pytest.mark.parametrize("spec", VARIANTS, ids=repr)
 
@@ -140,6 +147,119 @@ def test_the_model_is_not_touched() -> None:
     assert not any(m._forward_pre_hooks for m in model.modules())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+def _stirred(spec: AttentionSpec, **changes: object) -> nn.Module:
+    """A model whose mixes and kernels are no longer what they start as."""
+    model = _model(spec, **changes)
+    core = mechanism_of(model.blocks[1].attn)
+    assert core is not None
+    with torch.no_grad():
+        for parameter in core.parameters():
+            parameter.add_(torch.randn_like(parameter) / 3)
+    return model
+
+
+@each_spec
+def test_rows_of_trained_maps_are_rows_of_all_maps(spec: AttentionSpec) -> None:
+    # The class token, an inner patch, a corner, both ends of a row, one token twice.
+    queries, heads = [0, 11, 24, 6, 7, 11], [2, 0, 3]
+    model = _stirred(spec, dynamic_img_size=True).double()
+    images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    whole = mh.attention_maps(model, images, blocks=[1]).blocks[0]
+    part = mh.attention_maps(model, images, blocks=[1], heads=heads, queries=queries)
+    expected = whole.maps[:, heads][:, :, queries]
+    assert_close(part.blocks[0].maps, expected)
+
+
+@pytest.mark.parametrize("prefix", [0, 2], ids=["no prefix", "two prefix tokens"])
+@pytest.mark.parametrize(
+    "spec", [s for s in VARIANTS if not isinstance(s, mh.Softmax)], ids=repr
+)
+def test_rows_honour_a_mask_as_all_maps_do(spec: AttentionSpec, prefix: int) -> None:
+    geometry = Geometry(
+        dim=16,
+        num_heads=4,
+        head_dim=4,
+        num_prefix_tokens=prefix,
+        grid=(3, 4),
+        scale=0.5,
+    )
+    core = spec.build(geometry).double()
+    with torch.no_grad():
+        for parameter in core.parameters():
+            parameter.add_(torch.randn_like(parameter) / 3)
+    tokens, real = 12 + prefix, spec.num_query_heads(geometry)
+    q, k = torch.randn(2, 2, tokens, real, 4, dtype=torch.float64).unbind(0)
+    mask = torch.rand(2, tokens) > 0.3
+    whole = core.maps(q, k, mask, (3, 4))
+    queries, heads = [tokens - 1, 0, 5], [3, 1]
+    rows = core.rows(q, k, queries=queries, heads=heads, mask=mask, grid=(3, 4))
+    assert_close(rows, whole[:, heads][:, :, queries])
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operator gives, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+        return result
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [mh.Softmax(), mh.Hydra(), mh.Interactive(), mh.Hallucinated()],
+    ids=repr,
+)
+def test_one_token_s_maps_at_1080p_never_hold_all_pairs(spec: AttentionSpec) -> None:
+    geometry = Geometry(
+        dim=384,
+        num_heads=6,
+        head_dim=64,
+        num_prefix_tokens=1,
+        grid=(68, 120),
+        scale=0.125,
+    )
+    tokens = 1 + 68 * 120
+    core = spec.build(geometry)
+    real = spec.num_query_heads(geometry)
+    q, k = torch.randn(2, 1, tokens, real, 64).unbind(0)
+    v = torch.randn(1, tokens, 6, 64)
+    with torch.no_grad(), _Largest() as largest:
+        rows = core.rows(q, k, queries=[0], heads=[0, 5], grid=(68, 120))
+        seen = core.influence(q, k, v, queries=[0], grid=(68, 120))
+    assert rows.shape == (1, 2, 1, tokens)
+    assert seen.shape == (1, 1, tokens)
+    # All pairs of one head take 254 MiB; keys and values of all heads 12 MiB each.
+    assert largest.bytes < 16 * 1024**2
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [mh.Hydra(), mh.Interactive(landmarks=(2, 2)), mh.Hallucinated()],
+    ids=repr,
+)
+def test_maps_of_a_1080p_photograph_stay_small(spec: AttentionSpec) -> None:
+    model = _model(spec, patch_size=16)
+    with _Largest() as largest:
+        found = mh.attention_maps(
+            model,
+            sample_photographs()[0],
+            image_size=(1080, 1920),
+            heads=[0, 3],
+            queries=[0],
+        )
+    assert [block.grid for block in found.blocks] == [(68, 120)] * 2
+    assert [block.maps.shape for block in found.blocks] == [(1, 2, 1, 8161)] * 2
+    # The picture itself takes 25 MiB, all pairs of one head 254 MiB.
+    assert largest.bytes < 50 * 1024**2
 
 
 def test_a_few_rows_of_a_large_image_take_little_memory() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from benchmarks.render.cells import Record
 from benchmarks.render.core import render_core
 from benchmarks.render.demo import render_demo
+from benchmarks.render.exported import render_exported
 from benchmarks.render.layer import render_layer
 from benchmarks.render.model import render_models
 from benchmarks.render.scaling import render_scaling
@@ -20,6 +21,7 @@ RENDERERS: dict[str, Callable[[Record], str]] = {
     "layer": render_layer,
     "model": render_models,
     "scaling": render_scaling,
+    "exported": render_exported,
     "demo": render_demo,
 }
 

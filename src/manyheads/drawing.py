@@ -210,8 +210,9 @@ def _fill(
     top = max(float(values.quantile(0.995)), 1e-6)
     signed = any(panel.signed for panel in panels)
     low, colours = (-top, "RdBu_r") if signed else (0.0, "inferno")
-    # Lightened, so that patches that nobody looks at still show what they are.
-    grey = 0.35 + 0.65 * photo.mean(axis=2)
+    # Pale and of little contrast: what lies where is seen, and colours stay those of
+    # the bar, which is laid over the same grey.
+    grey = 0.55 + 0.4 * photo.mean(axis=2)
     extent = (0, photo.shape[1], photo.shape[0], 0)
     shown = None
     for axes, panel in zip(places, panels, strict=False):
@@ -221,13 +222,14 @@ def _fill(
             cmap=colours,
             vmin=low,
             vmax=top,
-            alpha=0.65,
+            alpha=0.7,
             extent=extent,
             interpolation="nearest",
         )
         axes.set_title(panel.title, fontsize=9)
     ends = "both" if signed else "max"
     bar = figure.colorbar(shown, ax=places, extend=ends, pad=0.01, aspect=15)
+    bar.ax.set_facecolor(str(float(grey.mean())))
     bar.set_label("x average patch", fontsize=8)
     bar.ax.tick_params(labelsize=8)
 

@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,15 @@ from manyheads.artifacts.verification import (
 from manyheads.attention import Softmax
 from manyheads.data import Images
 from manyheads.data.exhibits import exhibits
-from manyheads.errors import DataError, InvalidOption, ManyheadsError, NotExportable
+from manyheads.errors import (
+    DataError,
+    ImageSizeError,
+    InvalidOption,
+    ManyheadsError,
+    NotExportable,
+)
 from manyheads.geometry import Grid
-from manyheads.hosts import find_host
+from manyheads.hosts import Host, ImageInput, find_host
 from manyheads.surgery import current_recipe
 
 __all__ = ["Exported", "export"]
@@ -124,6 +130,7 @@ def export(
     images: Images | None = None,
     tolerance: float | None = None,
     int8: bool = False,
+    image_size: tuple[int, int] | None = None,
 ) -> Exported:
     """Write a model to one file that runs without this package, and check it.
 
@@ -148,9 +155,13 @@ def export(
         tolerance: Largest difference allowed, as a share of the largest output; None
             for 1e-4 in float32, 2e-2 in float16, 1e-1 in bfloat16, 0.25 in int8.
         int8: Store matrices as eight-bit integers; ONNX only.
+        image_size: Height and width that become the file's native size, whole patches
+            both, with the position embedding resampled as the library does it; None
+            for the model's own.
 
     Raises:
         UnknownHost: No host knows the model.
+        ImageSizeError: The model cannot be made for this size.
         InvalidOption: The target, type or tolerance is unknown.
         NotExportable: The path cannot be written, the form cannot hold the model, the
             exporter fails, or the file differs from the model; then it was removed.
@@ -165,9 +176,10 @@ def export(
     reason = problem(model, form, kind, int8=int8)
     if reason:
         raise _refusal(model, file, reason, fix="Choose another target or type.")
-    shown = exhibits(images, host.image_input(model))
+    reference = copy.deepcopy(model).cpu().eval()
+    wanted = _sized(reference, host, image_size)
+    shown = exhibits(images, wanted)
     with _new_file(file, model) as fresh:
-        reference = copy.deepcopy(model).cpu().eval()
         ship = copy.deepcopy(reference).to(kind)
         folded = fold(ship)
         cell = host.free_size(ship) if dynamic else None
@@ -179,7 +191,7 @@ def export(
             model=type(model).__name__,
             recipe=recipe.to_dict() if recipe else None,
             labels=host.labels(model),
-            image=host.image_input(model),
+            image=wanted,
             cell=cell,
             versions=_versions(form),
         )
@@ -211,6 +223,24 @@ def export(
         size_mib=size,
         conditions={"versions": card.versions, "photographs": shown.names},
     )
+
+
+def _sized(
+    model: nn.Module, host: Host, image_size: tuple[int, int] | None
+) -> ImageInput:
+    """Make a model for this native size, in place, and say what images it wants."""
+    wanted = host.image_input(model)
+    if image_size is None or image_size == wanted.size:
+        return wanted
+    fed = host.resize(model, image_size)
+    if fed != image_size:
+        raise ImageSizeError(
+            asked=f"export(image_size={image_size[0]}x{image_size[1]})",
+            found="that is no whole number of patches",
+            why="a native size is what enters the network, and nothing is padded there",
+            fix=f"Use image_size=({fed[0]}, {fed[1]}).",
+        )
+    return replace(wanted, size=image_size)
 
 
 def _dtype(named: torch.dtype | str) -> torch.dtype:

@@ -7,6 +7,7 @@ Hydra traces as plain operators, so that no file needs this package to run.
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -128,16 +129,20 @@ def _axes(cell: Grid | None) -> dict[int, Any]:
 def write(program: ExportedProgram, path: Path, card: Card) -> None:
     """Write one form; whatever its writer raises comes through."""
     with quiet(), _hushed():
+        if card.target == "onnx":
+            _write_onnx(program, path, card)
+            return
+        # In memory first: torch's archive ends the process where a disk is full.
+        whole = io.BytesIO()
         if card.target == "pt2":
-            torch.export.save(program, path, extra_files={CARD: card.to_json()})
-        elif card.target == "aoti":
+            torch.export.save(program, whole, extra_files={CARD: card.to_json()})
+        else:
             torch._inductor.aoti_compile_and_package(
                 program,
-                package_path=str(path),
+                package_path=whole,
                 inductor_configs={"aot_inductor.metadata": {CARD: card.to_json()}},
             )
-        else:
-            _write_onnx(program, path, card)
+        path.write_bytes(whole.getbuffer())
 
 
 def _write_onnx(program: ExportedProgram, path: Path, card: Card) -> None:

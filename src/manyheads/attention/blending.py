@@ -1,4 +1,4 @@
-"""Blends attention maps as the pictures they are: the slow form of hallucination.
+"""The slow form of hallucination: real maps, blended as the pictures they are.
 
 Xu, Zhou, He, Li, Wang, "Vision Transformer with Attention Map Hallucination and FFN
 Compaction", 2023, arXiv 2306.10875. The fused forms blend tokens instead, with
@@ -8,16 +8,171 @@ Compaction", 2023, arXiv 2306.10875. The fused forms blend tokens instead, with
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from manyheads.attention.softmax import masked_softmax
 from manyheads.geometry import Grid
 
-__all__ = ["blend_maps"]
+__all__ = ["Blend", "blend_maps", "hallucinated_maps", "hallucinated_rows"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Blend:
+    """How hallucinated maps come from real ones.
+
+    Attributes:
+        stage: Whether probabilities or logits are blended.
+        scale: Factor on query-key products.
+        pairing: The real head of each hallucinated one.
+        over_queries: Factors over queries [hallucinated heads, terms, taps].
+        over_keys: Factors over keys, of the same shape.
+        cross: Weights across hallucinated maps, or None.
+        prefix: Leading tokens that are blended with nothing.
+        cells: Rows and columns over which to blend; None for the sequence.
+    """
+
+    stage: Literal["probabilities", "logits"]
+    scale: float
+    pairing: tuple[int, ...]
+    over_queries: Float[Tensor, "L T taps"]
+    over_keys: Float[Tensor, "L T taps"]
+    cross: Float[Tensor, "L L"] | None
+    prefix: int
+    cells: Grid | None
+
+
+def hallucinated_maps(
+    q: Float[Tensor, "B N Hq K"],
+    k: Float[Tensor, "B S Hq K"],
+    kept: Bool[Tensor, "B S"] | None,
+    blend: Blend,
+) -> Float[Tensor, "B H N S"]:
+    """Build the real maps and convolve them as pictures; O(H N S) memory."""
+    base = _real(q, k, kept, blend)
+    source = base[:, list(blend.pairing)]  # [B, derived heads, N, S]
+    if kept is not None:
+        source = source * kept[:, None, None, :]
+        if q.shape[1] == k.shape[1]:
+            source = source * kept[:, None, :, None]
+    derived = blend_maps(
+        source, blend.over_queries, blend.over_keys, blend.prefix, blend.cells
+    )
+    return _joined(base, derived, kept, blend)
+
+
+def hallucinated_rows(
+    q: Float[Tensor, "B N Hq K"],
+    k: Float[Tensor, "B S Hq K"],
+    kept: Bool[Tensor, "B S"] | None,
+    blend: Blend,
+    queries: Sequence[int],
+) -> Float[Tensor, "B H Nr S"]:
+    """Build some rows of all maps, from these rows of the real maps and those beside.
+
+    A kernel reaches over a few queries, so a row needs the rows under its taps:
+
+        row[n] = sum_t sum_tap  over_queries[t, tap] (over_keys[t] * real[n + tap])
+
+    Cost: O(H Nr taps S) memory.
+    """
+    under, inside = _under_taps(queries, q.shape[1], blend)  # [Nr, taps]
+    # torch leaves this method without types.
+    needed, places = under.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    base = _real(q[:, needed], k, kept, blend)
+    source = base[:, list(blend.pairing)]  # [B, derived heads, U, S]
+    if kept is not None:
+        source = source * kept[:, None, None, :]
+        if q.shape[1] == k.shape[1]:
+            source = source * kept[:, None, needed, None]
+    own = places[:, places.shape[1] // 2]
+    derived = _blend_rows(source, places, inside, blend)
+    # The rows of prefix tokens are blended over keys alone, by the first term.
+    alone = torch.tensor([query < blend.prefix for query in queries])
+    if alone.any():
+        first = _over_keys(source[:, :, own[alone]], blend, term=0)
+        derived[:, :, alone] = torch.cat(
+            [source[:, :, own[alone], : blend.prefix], first], dim=3
+        )
+    return _joined(base[:, :, own], derived, kept, blend)
+
+
+def _real(
+    q: Tensor, k: Tensor, kept: Tensor | None, blend: Blend
+) -> Float[Tensor, "B Hq N S"]:
+    scores = blend.scale * torch.einsum("bnhk,bmhk->bhnm", q, k)
+    return scores if blend.stage == "logits" else masked_softmax(scores, kept)
+
+
+def _joined(
+    base: Tensor, derived: Tensor, kept: Tensor | None, blend: Blend
+) -> Float[Tensor, "B H N S"]:
+    """Mix hallucinated maps across heads, and put them behind the real ones."""
+    if blend.cross is not None:
+        derived = torch.einsum("jl,blnm->bjnm", blend.cross, derived)
+    both = torch.cat([base, derived], dim=1)
+    if blend.stage == "logits":
+        return masked_softmax(both, kept)
+    return both if kept is None else both * kept[:, None, None, :]
+
+
+def _under_taps(
+    queries: Sequence[int], num_queries: int, blend: Blend
+) -> tuple[Tensor, Tensor]:
+    """Give the query under each tap of each row, and whether there is one."""
+    taps = blend.over_queries.shape[-1]
+    device = blend.over_queries.device
+    at = torch.tensor(list(queries), device=device)[:, None] - blend.prefix
+    if blend.cells is None:
+        patches = num_queries - blend.prefix
+        there = at + torch.arange(taps, device=device) - taps // 2
+        inside = (there >= 0) & (there < patches)
+    else:
+        side = math.isqrt(taps)
+        rows, columns = blend.cells
+        reach = torch.arange(side, device=device) - side // 2
+        row = at // columns + reach.repeat_interleave(side)
+        column = at % columns + reach.repeat(side)
+        inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+        there = row * columns + column
+    # Taps of a prefix token, and those beyond the edge, stand on the row itself.
+    inside = inside & (at >= 0)
+    return torch.where(inside, there, at) + blend.prefix, inside
+
+
+def _blend_rows(
+    source: Float[Tensor, "B L U S"], places: Tensor, inside: Tensor, blend: Blend
+) -> Float[Tensor, "B L Nr S"]:
+    """Sum over terms and taps; columns of prefix tokens take the first term alone."""
+    weights = blend.over_queries[:, :, None, :] * inside.to(source.dtype)
+    parts = []
+    for part in ("prefix", "patches"):
+        terms = range(1 if part == "prefix" else blend.over_keys.shape[1])
+        total: Tensor | None = None
+        for term in terms:
+            columns = source[..., : blend.prefix]
+            if part == "patches":
+                columns = _over_keys(source, blend, term)
+            for tap in range(places.shape[1]):
+                share = weights[:, term, :, tap, None]  # [L, Nr, 1]
+                added = columns[:, :, places[:, tap]] * share
+                total = added if total is None else total + added
+        if total is not None:
+            parts.append(total)
+    return torch.cat(parts, dim=3)
+
+
+def _over_keys(source: Tensor, blend: Blend, term: int) -> Tensor:
+    """Blend the patches' part of every row over keys, by one term."""
+    along = _along if blend.cells is None else partial(_around, cells=blend.cells)
+    return along(source[..., blend.prefix :], blend.over_keys[:, term])
 
 
 def blend_maps(

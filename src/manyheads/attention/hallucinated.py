@@ -22,9 +22,17 @@ from manyheads.attention.base import (
     key_mask_of,
     require_grid,
 )
-from manyheads.attention.blending import blend_maps
-from manyheads.attention.pairing import inverse_order, join_heads, take_heads
-from manyheads.attention.softmax import masked_softmax
+from manyheads.attention.blending import (
+    Blend,
+    hallucinated_maps,
+    hallucinated_rows,
+)
+from manyheads.attention.pairing import (
+    group_by_served,
+    inverse_order,
+    join_heads,
+    take_heads,
+)
 from manyheads.errors import GeometryMismatch, InvalidOption, nearest
 from manyheads.geometry import Geometry, Grid
 from manyheads.kernels.hallucinated import attend, blend_tokens
@@ -260,22 +268,35 @@ class HallucinatedAttention(Mechanism):
     ) -> Float[Tensor, "B H N S"]:
         """Build the real maps, convolve them as pictures; O(H N S) memory."""
         kept = key_mask_of(mask, k.shape[0], k.shape[1], "Hallucinated")
-        scores = self.geometry.scale * torch.einsum("bnhk,bmhk->bhnm", q, k)
-        logits = self.spec.stage == "logits"
-        base = scores if logits else masked_softmax(scores, kept)
-        source = base[:, list(self.pairing)]  # [B, derived heads, N, S]
-        if kept is not None:
-            source = source * kept[:, None, None, :]
-            if q.shape[1] == k.shape[1]:
-                source = source * kept[:, None, :, None]
-        factors = (self.query_kernel.to(q.dtype), self.key_kernel.to(q.dtype))
-        derived = blend_maps(source, *factors, self._prefix, self._cells(q, grid))
-        if self.cross is not None:
-            derived = torch.einsum("jl,blnm->bjnm", self.cross.to(q.dtype), derived)
-        both = torch.cat([base, derived], dim=1)  # [B, H, N, S]
-        if logits:
-            return masked_softmax(both, kept)
-        return both if kept is None else both * kept[:, None, None, :]
+        return hallucinated_maps(q, k, kept, self._blend(q, grid))
+
+    def rows(
+        self,
+        q: Float[Tensor, "B N Hq K"],
+        k: Float[Tensor, "B S Hq K"],
+        *,
+        queries: Sequence[int],
+        heads: Sequence[int],
+        mask: Bool[Tensor, "B S"] | Tensor | None = None,
+        grid: Grid | None = None,
+    ) -> Float[Tensor, "B Mr Nr S"]:
+        """Build some rows of some maps; O(H Nr taps S) memory."""
+        kept = key_mask_of(mask, k.shape[0], k.shape[1], "Hallucinated")
+        every = hallucinated_rows(q, k, kept, self._blend(q, grid), queries)
+        return every[:, list(heads)]
+
+    def _blend(self, q: Tensor, grid: Grid | None) -> Blend:
+        """Say in the type of the queries how maps are blended."""
+        return Blend(
+            stage=self.spec.stage,
+            scale=self.geometry.scale,
+            pairing=self.pairing,
+            over_queries=self.query_kernel.to(q.dtype),
+            over_keys=self.key_kernel.to(q.dtype),
+            cross=None if self.cross is None else self.cross.to(q.dtype),
+            prefix=self._prefix,
+            cells=self._cells(q, grid),
+        )
 
     def _on_probabilities(
         self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, cells: Grid | None
@@ -312,7 +333,7 @@ class HallucinatedAttention(Mechanism):
         width = terms.numel()
         lanes = lanes.flatten(3)  # [B, S, derived heads, terms * width]
         mixed, mixed_lanes, order, lane_order = [], [], [], []
-        for heads, served in self._groups():
+        for heads, served in group_by_served(self.pairing, self.num_real):
             beside = take_heads(lanes, served)
             beside = beside.reshape(*beside.shape[:2], len(heads), -1)
             wide = torch.cat([take_heads(real, heads), beside], dim=3)
@@ -364,18 +385,6 @@ class HallucinatedAttention(Mechanism):
         if self.spec.layout == "sequence":
             return None
         return require_grid(grid, q.shape[1] - self._prefix, repr(self.spec))
-
-    def _groups(self) -> list[tuple[list[int], list[int]]]:
-        """Group real heads by how many hallucinated ones they serve, with those."""
-        served: list[list[int]] = [[] for _ in range(self.num_real)]
-        for derived, real in enumerate(self.pairing):
-            served[real].append(derived)
-        groups: dict[int, tuple[list[int], list[int]]] = {}
-        for real, lanes in enumerate(served):
-            heads, beside = groups.setdefault(len(lanes), ([], []))
-            heads.append(real)
-            beside += lanes
-        return list(groups.values())
 
 
 def _read_pairing(module: nn.Module, _: Any) -> None:

@@ -6,6 +6,7 @@ arXiv 2402.17507 (iMHSA).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -19,6 +20,7 @@ from manyheads.attention.base import (
     Mechanism,
     key_mask_of,
 )
+from manyheads.attention.landmarks import interactive_maps
 from manyheads.errors import GeometryMismatch, InvalidOption, nearest
 from manyheads.geometry import Geometry, Grid
 from manyheads.kernels.interactive import APART, Mixes, attend, find_landmarks
@@ -204,6 +206,31 @@ class InteractiveAttention(Mechanism):
         grid: Grid | None = None,
     ) -> Float[Tensor, "B H N N"]:
         """Build ``A_Q A_K`` per head: O(H N^2) memory, for small N only."""
+        return self._maps(q, k, mask, grid)
+
+    def rows(
+        self,
+        q: Float[Tensor, "B N H K"],
+        k: Float[Tensor, "B N H K"],
+        *,
+        queries: Sequence[int],
+        heads: Sequence[int],
+        mask: Bool[Tensor, "B N"] | Tensor | None = None,
+        grid: Grid | None = None,
+    ) -> Float[Tensor, "B Mr Nr N"]:
+        """Build some rows of some maps; O(H L N + Mr Nr N) memory."""
+        return self._maps(q, k, mask, grid, queries=queries, heads=heads)
+
+    def _maps(
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        grid: Grid | None,
+        *,
+        queries: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+    ) -> Tensor:
         return interactive_maps(
             q,
             k,
@@ -212,6 +239,8 @@ class InteractiveAttention(Mechanism):
             scale=self.geometry.scale,
             mixes=self.mixes,
             key_mask=key_mask_of(mask, q.shape[0], q.shape[1], "Interactive"),
+            queries=queries,
+            heads=heads,
         )
 
     def _require_grid(self, grid: Grid | None, num_tokens: int) -> Grid:
@@ -281,75 +310,6 @@ def interactive_attention(
         kept=key_mask,
         marked=marked,
     )
-
-
-def interactive_maps(
-    q: Float[Tensor, "B N H K"],
-    k: Float[Tensor, "B N H K"],
-    *,
-    grid: Grid,
-    landmarks: Grid = (7, 7),
-    scale: float,
-    mixes: Mixes = APART,
-    key_mask: Bool[Tensor, "B N"] | None = None,
-) -> Float[Tensor, "B H N N"]:
-    """Build each head's map as the product of its two thin maps.
-
-        maps[h] = A_Q[h] A_K[h]      of rank L at most; rows sum to one without mixes
-
-    Landmarks are averaged cell by cell in a loop: independent of the fast form.
-
-    Cost: O(H N^2 L) time, O(H N^2) memory: for tests and pictures.
-    """
-    if key_mask is None:
-        key_mask = q.new_ones(q.shape[:2], dtype=torch.bool)
-    cells = _cells(grid, landmarks, num_tokens=q.shape[1])
-    members = torch.stack([key_mask & cell.to(q.device) for cell in cells])  # [L, B, N]
-    share = members.to(torch.promote_types(q.dtype, torch.float32))
-    share = share / share.sum(dim=-1, keepdim=True).clamp_min(1)
-    q, k = q.to(share.dtype), k.to(share.dtype)
-    q_marks = torch.einsum("lbn,bnhk->blhk", share, q)
-    k_marks = torch.einsum("lbn,bnhk->blhk", share, k)
-    marked = members.any(dim=-1).T  # [B, L]
-    before_queries, after_queries, before_keys, after_keys = mixes
-    over_marks = _map(q, k_marks, scale, before_queries, after_queries, marked)
-    over_tokens = _map(q_marks, k, scale, before_keys, after_keys, key_mask)
-    return over_marks @ over_tokens
-
-
-def _map(
-    rows: Float[Tensor, "B I H K"],
-    columns: Float[Tensor, "B J H K"],
-    scale: float,
-    before: Tensor | None,
-    after: Tensor | None,
-    kept: Bool[Tensor, "B J"],
-) -> Float[Tensor, "B H I J"]:
-    """Build one thin map in so many words."""
-    scores = scale * torch.einsum("bihk,bjhk->bhij", rows, columns)
-    if before is not None:
-        scores = torch.einsum("gh,bhij->bgij", before.to(scores.dtype), scores)
-    left_out = ~kept[:, None, None]
-    scores = scores.masked_fill(left_out, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1).masked_fill(left_out, 0.0)
-    if after is not None:
-        weights = torch.einsum("gh,bhij->bgij", after.to(weights.dtype), weights)
-    return weights
-
-
-def _cells(grid: Grid, landmarks: Grid, num_tokens: int) -> list[Tensor]:
-    """List who belongs to each landmark [N]: prefix tokens one each, then the cells."""
-    (R, C), (rows, columns) = grid, landmarks
-    prefix = num_tokens - R * C
-    found = [torch.arange(num_tokens) == token for token in range(prefix)]
-    for i in range(rows):
-        for j in range(columns):
-            cell = torch.zeros(R, C, dtype=torch.bool)
-            top, bottom = i * R // rows, -(-(i + 1) * R // rows)
-            left, right = j * C // columns, -(-(j + 1) * C // columns)
-            cell[top:bottom, left:right] = True
-            found.append(torch.cat([cell.new_zeros(prefix), cell.flatten()]))
-    return found
 
 
 def _require_fit(landmarks: Grid, grid: Grid) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 __all__ = [
     "HeadChoice",
     "choose_heads",
+    "group_by_served",
     "inverse_order",
     "join_heads",
     "map_similarity",
@@ -155,3 +156,18 @@ def join_heads(parts: list[Tensor]) -> Tensor:
 def inverse_order(order: Sequence[int]) -> list[int]:
     """Give the order that undoes another."""
     return sorted(range(len(order)), key=order.__getitem__)
+
+
+def group_by_served(
+    pairing: Sequence[int], num_real: int
+) -> list[tuple[list[int], list[int]]]:
+    """Group real heads by how many hallucinated ones they serve, with those."""
+    served: list[list[int]] = [[] for _ in range(num_real)]
+    for derived, real in enumerate(pairing):
+        served[real].append(derived)
+    groups: dict[int, tuple[list[int], list[int]]] = {}
+    for real, lanes in enumerate(served):
+        heads, beside = groups.setdefault(len(lanes), ([], []))
+        heads.append(real)
+        beside += lanes
+    return list(groups.values())

@@ -92,7 +92,7 @@ class Demo:
                 *_aligned(large),
                 "",
                 "(ratio to softmax attention; below 1 is cheaper, ! marks worse)",
-                f"Written to {self.folder}: demo.json, demo.png, maps.png, student/",
+                f"Written to {self.folder}: demo.json, pictures, student/",
                 f"Open {self.folder / 'report.html'} to see it all.",
             ]
         )

@@ -77,6 +77,7 @@ QUICK = Effort(
 )
 IMAGE_SIZE, PATCH, HEADS, BATCH = 32, 4, 4, 64
 LEARNING_RATE = 4e-3
+_DRAWN = 2
 
 
 def demo(folder: str | Path, *, quick: bool = False) -> Demo:
@@ -268,25 +269,40 @@ def _keep(result: Demo, teacher: nn.Module, student: nn.Module, images: Tensor) 
             found="its logits differ from those of the model that was saved",
             fix="Please report this with the demo.json beside it.",
         )
+    hydra = Recipe(Swap(attention=Hydra()))
     try:
         draw_demo(result.to_json(), result.folder / "demo.png")
         fresh = result.folder / ".demo.json"
-        converted = preview(teacher, Recipe(Swap(attention=Hydra()))).to_json()
+        converted = preview(teacher, hydra).to_json()
         recorded = result.to_json() | {"converted": converted}
         fresh.write_text(json.dumps(recorded, indent=2), encoding="utf-8")
         fresh.rename(result.folder / "demo.json")
-        maps = {
-            name: attention_maps(model.cpu().eval(), images[:1].cpu(), heads=())
-            for name, model in (("teacher", teacher), ("student, healed", student))
+        pictures = {"What was lost and what was gained": result.folder / "demo.png"}
+        looked_at = {
+            "teacher": teacher,
+            "swapped, not healed": convert(teacher, hydra),
+            "healed": student,
         }
-        title = "Teacher and student with Hydra in all blocks, one digit"
-        pictures = {
-            "What was lost and what was gained": result.folder / "demo.png",
-            title: draw(maps, result.folder / "maps.png", title=title),
-        }
+        pictures |= _draw_maps(looked_at, images[:_DRAWN], result.folder)
         report(result.folder / "demo.json", figures=pictures)
     except OSError as error:
         raise _unwritable(result.folder, error) from error
+
+
+def _draw_maps(
+    models: dict[str, nn.Module], images: Tensor, folder: Path
+) -> dict[str, Path]:
+    """Draw what each model looks at in each digit, all of a block on one scale."""
+    maps = {
+        name: attention_maps(model.cpu().eval(), images.cpu(), heads=())
+        for name, model in models.items()
+    }
+    drawn = {}
+    for place in range(len(images)):
+        title = f"Digit {place + 1}: Hydra in all blocks, before and after healing"
+        file = folder / f"maps_{place + 1}.png"
+        drawn[title] = draw(maps, file, title=title, image=place)
+    return drawn
 
 
 def _unwritable(folder: Path, error: OSError) -> CheckpointError:

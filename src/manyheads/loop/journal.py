@@ -67,8 +67,10 @@ class Journal:
         self.config = json.loads(json.dumps(config))
         if self.folder.exists() and not self.folder.is_dir():
             raise self._error("it is a file", "Choose another run_dir.")
+        # The terminal keeps the command that asked beside the run.
         foreign = self.folder.is_dir() and any(
-            not entry.name.startswith(".") for entry in self.folder.iterdir()
+            not entry.name.startswith(".") and entry.name != "config.json"
+            for entry in self.folder.iterdir()
         )
         if foreign and not (self.folder / CARD).is_file():
             raise self._error(

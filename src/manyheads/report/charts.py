@@ -41,7 +41,7 @@ def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[Cell]]) ->
     return (
         '<div class="wide" tabindex="0" role="region" '
         f'aria-label="{html.escape(caption)}"><table class="sortable">'
-        f"<caption>{html.escape(caption)}</caption>"
+        f"<caption><span>{html.escape(caption)}</span></caption>"
         f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -83,6 +83,10 @@ def line_chart(
             f'<text class="{colour}" x="{_WIDE - _RIGHT + 10}" y="{level + 4:.1f}">'
             f"{html.escape(name)}</text>"
         )
+    legend = "".join(
+        f'<span class="k{number % _SERIES}">{html.escape(name)}</span>'
+        for number, name in enumerate(series)
+    )
     told = "; ".join(
         f"{name}: " + ", ".join(f"{y:.3g} at {x:.3g}" for x, y in sorted(line))
         for name, line in series.items()
@@ -96,6 +100,7 @@ def line_chart(
         f'text-anchor="middle">{html.escape(across)}</text>'
         f'<text class="axis" transform="translate(14 {_HIGH / 2}) rotate(-90)" '
         f'text-anchor="middle">{html.escape(up)}</text></svg></div>'
+        f'<p class="legend" aria-hidden="true">{legend}</p>'
         f"<figcaption>{html.escape(title)}</figcaption></figure>"
     )
 

@@ -249,7 +249,7 @@ def _priced(rows: Sequence[Row], base: Row) -> list[list[Cell]]:
 
 def _pictures(pictures: Sequence[tuple[str, Path]]) -> str:
     if not pictures:
-        return _section("What the models look at", _missing("maps"))
+        return _section("Pictures", _missing("maps"))
     parts = []
     for caption, file in pictures:
         try:
@@ -265,7 +265,7 @@ def _pictures(pictures: Sequence[tuple[str, Path]]) -> str:
             f'src="data:{kind};base64,{content}"></div>'
             f"<figcaption>{told}</figcaption></figure>"
         )
-    return _section("What the models look at", "".join(parts))
+    return _section("Pictures", "".join(parts))
 
 
 def _listed(found: dict[str, Any], source: Path) -> list[tuple[str, Path]]:

@@ -8,6 +8,7 @@ with Ctrl-C.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import traceback
@@ -18,28 +19,42 @@ from rich.console import Console
 
 from manyheads.errors import ManyheadsError
 
-__all__ = ["note", "run", "show"]
+__all__ = ["is_first_process", "note", "run", "show"]
 
 OURS, USERS, STOPPED = 1, 2, 130
 _DEBUG = "--debug"
 
 
-def show(result: object, *, as_json: bool, models: Sequence[Any] = ()) -> None:
+def show(
+    result: object,
+    *,
+    as_json: bool,
+    models: Sequence[Any] = (),
+    config: dict[str, Any] | None = None,
+) -> None:
     """Write a result to stdout, with the origin of the weights it was made with.
 
     Args:
         result: Something with `to_json`, or JSON values; printed with `str`.
         as_json: Whether to write one JSON object and nothing else.
         models: The `NamedModel` that the result speaks of.
+        config: The command with all its values, for those that can be repeated.
     """
     if as_json:
         value = result.to_json() if hasattr(result, "to_json") else result
         value = json.loads(value) if isinstance(value, str) else value
-        whole = {"models": [model.to_json() for model in models], "result": value}
+        whole: dict[str, Any] = {"models": [model.to_json() for model in models]}
+        whole |= {} if config is None else {"config": config}
+        whole |= {"result": value}
         sys.stdout.write(json.dumps(whole, indent=2, allow_nan=False) + "\n")
         return
     lines = [str(result), *(str(model) for model in models)]
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def is_first_process() -> bool:
+    """Say whether this process speaks and writes for all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def note(text: str) -> None:

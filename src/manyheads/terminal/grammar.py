@@ -4,6 +4,7 @@
     hydra:kernel=mean                      Hydra(kernel="mean")
     interactive:landmarks=7x7,mix=both     Interactive(landmarks=(7, 7), mix="both")
     compact:rank=0.5                       Compact(rank=0.5)
+    hallucinated+compact@0-5               both, in blocks 0 to 5
 
 The library itself knows no such strings. Options are checked by the same strict reader
 as recipe files, so a misspelt one is an error and never ignored.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from manyheads.attention import MECHANISMS
 from manyheads.errors import InvalidOption, InvalidRecipe, nearest
@@ -21,7 +22,15 @@ from manyheads.ffn import FEED_FORWARDS
 from manyheads.recipe import Recipe, Swap, spec_from_json
 from manyheads.specs import Spec
 
-__all__ = ["read_blocks", "read_image_size", "read_recipe", "read_spec"]
+__all__ = [
+    "read_blocks",
+    "read_image_size",
+    "read_numbers",
+    "read_recipe",
+    "read_recipe_word",
+    "read_spec",
+    "read_value",
+]
 
 _RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 _SIZE = re.compile(r"([1-9]\d{0,5})(?:[xX]([1-9]\d{0,5}))?")
@@ -67,6 +76,41 @@ def read_recipe(
     )
 
 
+def read_recipe_word(text: str) -> Recipe | None:
+    """Read a recipe written as one word: a .json file, or ``SPEC[+SPEC][@BLOCKS]``.
+
+    Returns:
+        The recipe; None where the word is meant for something else, such as a model.
+
+    Raises:
+        InvalidRecipe: It begins as a recipe and is none.
+        InvalidOption: What follows ``@`` is not a list of numbers and ranges.
+    """
+    if text.endswith(".json"):
+        return Recipe.read(text)
+    specs, _, blocks = text.partition("@")
+    attentions, feed_forwards = (
+        {kind.__name__.lower() for kind in kinds}
+        for kinds in (MECHANISMS, FEED_FORWARDS)
+    )
+    parts = specs.split("+")
+    names = [part.partition(":")[0].lower() for part in parts]
+    if names[0] not in attentions | feed_forwards:
+        return None
+    sides = ["--ffn" if name in feed_forwards else "--attention" for name in names]
+    if len(set(sides)) < len(sides):
+        raise InvalidRecipe(
+            asked=f"the recipe {text}",
+            found=f"{' and '.join(parts)} go to the same place",
+            fix="Write one attention and one feed-forward layer at most, e.g. "
+            "hydra+compact.",
+        )
+    named = dict(zip(sides, parts, strict=True))
+    return read_recipe(
+        None, named.get("--attention"), named.get("--ffn"), blocks or None
+    )
+
+
 def read_spec(text: str | None, option: str, kinds: tuple[type[Spec], ...]) -> Any:
     """Read ``name:key=value,key=value``; case does not matter in the name.
 
@@ -99,8 +143,14 @@ def read_spec(text: str | None, option: str, kinds: tuple[type[Spec], ...]) -> A
             found="options are written key=value, each key once",
             fix="Use for instance --attention hydra:kernel=mean.",
         )
-    value = {key: _value(written) for key, _, written in pairs}
-    return spec_from_json({**value, "kind": known[name.lower()]}, f"{option} {text}")
+    kind = next(kind for kind in kinds if kind.__name__ == known[name.lower()])
+    hints = get_type_hints(kind)
+    # "none" is a choice of some options and the absence of a value for others.
+    value = {
+        key: written if written in get_args(hints.get(key)) else read_value(written)
+        for key, _, written in pairs
+    }
+    return spec_from_json({**value, "kind": kind.__name__}, f"{option} {text}")
 
 
 def read_blocks(text: str) -> list[int]:
@@ -109,6 +159,11 @@ def read_blocks(text: str) -> list[int]:
     Raises:
         InvalidOption: A part is neither a number nor a rising range.
     """
+    return read_numbers(text, "--blocks", what="block")
+
+
+def read_numbers(text: str, option: str, *, what: str) -> list[int]:
+    """Read numbers and ranges for an option; see `read_blocks`."""
     numbers: list[int] = []
     for part in text.split(","):
         match = _RANGE.fullmatch(part.strip())
@@ -116,9 +171,9 @@ def read_blocks(text: str) -> list[int]:
         last = int(match[2]) if match and match[2] else first
         if match is None or last < first:
             raise InvalidOption(
-                asked=f"--blocks {text}",
-                found=f"{part!r} is neither a block number nor a rising range",
-                fix="Use for instance --blocks 10-11,0; blocks count from 0.",
+                asked=f"{option} {text}",
+                found=f"{part!r} is neither a {what} number nor a rising range",
+                fix=f"Use for instance {option} 10-11,0; {what}s count from 0.",
             )
         numbers.extend(range(first, last + 1))
     return numbers
@@ -142,8 +197,8 @@ def read_image_size(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2] or match[1])
 
 
-def _value(written: str) -> Any:
-    """Guess the JSON value: word, number, or sizes joined by x."""
+def read_value(written: str) -> Any:
+    """Guess the JSON value: truth value, none, number, or sizes joined by x."""
     if written.lower() in _WORDS:
         return _WORDS[written.lower()]
     for kind in (int, float):

@@ -1,0 +1,253 @@
+"""heal, train, evaluate: every keyword is an option, from words or from a file."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.main import get_command
+
+import manyheads as mh
+from manyheads.cli import app
+from manyheads.commands.learning import RECIPES, Published
+from manyheads.terminal.options import words_of
+from tests.terminal.session import PROGRAM, Terminal
+
+QUICK = ("--no-progress", "--batch-size", "10")
+
+
+def _weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return mh.load(folder).state_dict()
+
+
+def _equal(one: str | Path, other: str | Path) -> bool:
+    ours, theirs = _weights(one), _weights(other)
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("verb", [mh.train, mh.heal, mh.evaluate])
+def test_every_keyword_of_the_verb_is_an_option_with_its_own_words(
+    verb: Callable[..., Any],
+) -> None:
+    command = get_command(app).commands[verb.__name__]  # type: ignore[attr-defined]
+    offered = {parameter.name: parameter for parameter in command.params}
+    for name, parameter in inspect.signature(verb).parameters.items():
+        assert name in offered
+        assert offered[name].help, name
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            dashed = f"--{name.replace('_', '-')}"
+            assert dashed in offered[name].opts
+    assert all(word.told for word in words_of(verb))
+
+
+def test_a_file_gives_what_the_command_line_does_not(
+    terminal: Terminal, teacher: str, pictures: str, tmp_path: Path
+) -> None:
+    by_words, by_file = tmp_path / "words", tmp_path / "file"
+    words = ("train", teacher, pictures, "--epochs", "2", "--learning-rate", "1e-3")
+    found = terminal.json(*words, "--seed", "3", *QUICK, "--out", str(by_words))
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'command = "train"\nmodel = "{teacher}"\nimages = "{pictures}"\n'
+        "epochs = 2\nseed = 3\nbatch-size = 10\nlearning_rate = 0.5\n"
+        f'progress = false\nout = "{tmp_path / "elsewhere"}"\n'
+    )
+    # What is typed wins over the file.
+    typed = ("--learning-rate", "1e-3", "--out", str(by_file))
+    again = terminal.json("train", "--config", str(file), *typed)
+    assert again["config"]["learning_rate"] == 1e-3
+    assert again["config"] == found["config"] | {"out": str(by_file)}
+    assert _equal(by_words, by_file)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_example_of_the_documentation_runs(
+    terminal: Terminal, teacher: str, pictures: str, tmp_path: Path
+) -> None:
+    example = Path(__file__).parents[2] / "examples" / "train.toml"
+    places = ("--run-dir", str(tmp_path / "run"), "--out", str(tmp_path / "out"))
+    smaller = ("--epochs", "1", "--validation", pictures, *QUICK)
+    words = ("train", teacher, pictures, "--config", str(example))
+    assert terminal.json(*words, *places, *smaller)["config"]["learning_rate"] == 1e-3
+
+
+def test_what_a_run_keeps_repeats_it(
+    terminal: Terminal, teacher: str, pictures: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = ("train", teacher, pictures, "--epochs", "1", "--seed", "5", *QUICK)
+    first = ("--out", str(tmp_path / "first"), "--run-dir", str(run))
+    terminal.json(*words, *first)
+    kept = json.loads((run / "config.json").read_text())
+    assert (kept["format"], kept["command"]) == ("manyheads.command", "train")
+    assert (kept["epochs"], kept["seed"], kept["weight_decay"]) == (1, 5, 0.05)
+    assert kept["versions"]["torch"].split("+")[0] in torch.__version__
+    # The same folder: the run is finished, and its result is given again.
+    config = ("train", "--config", str(run / "config.json"))
+    terminal.json(*config)
+    assert json.loads((run / "config.json").read_text()) == kept
+    # New folders: the run is done again, to the same weights.
+    anew = ("--out", str(tmp_path / "second"), "--run-dir", str(tmp_path / "anew"))
+    terminal.json(*config, *anew)
+    assert _equal(tmp_path / "first", tmp_path / "second")
+    assert (tmp_path / "anew" / "config.json").exists()
+
+
+def test_a_model_says_which_command_made_it(
+    terminal: Terminal, teacher: str, pictures: str, tmp_path: Path
+) -> None:
+    student, healed = tmp_path / "student", tmp_path / "healed"
+    terminal("convert", teacher, "--attention", "hydra", "--out", str(student))
+    passes = ("--block-epochs", "1", "--logit-epochs", "0", *QUICK)
+    words = ("heal", str(student), teacher, pictures, *passes)
+    terminal.json(*words, "--out", str(healed))
+    command = healed / "command.json"
+    terminal.json("heal", "--config", str(command), "--out", str(tmp_path / "again"))
+    assert _equal(healed, tmp_path / "again")
+    assert not _equal(student, healed)
+
+
+def test_evaluate_repeats_what_its_json_says(
+    terminal: Terminal, teacher: str, pictures: str, tmp_path: Path
+) -> None:
+    found = terminal.json("evaluate", teacher, pictures, *QUICK)
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    again = terminal.json("evaluate", "--config", str(tmp_path / "found.json"))
+    assert again == found
+
+
+def test_a_killed_run_goes_on_from_what_it_kept(
+    terminal: Terminal, teacher: str, pictures: str, tmp_path: Path
+) -> None:
+    words = ["train", teacher, pictures, "--epochs", "4", "--batch-size", "2"]
+    words += ["--checkpoint-every", "2", "--no-progress"]
+    run = tmp_path / "run"
+    killed = [*words, "--out", str(tmp_path / "killed"), "--run-dir", str(run)]
+    process = subprocess.Popen([*PROGRAM, *killed], stderr=subprocess.DEVNULL)
+    while process.poll() is None and not any(run.glob("step-*")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    terminal.json("train", "--config", str(run / "config.json"))
+    terminal.json(*words, "--out", str(tmp_path / "whole"))
+    assert _equal(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("text", "facts"),
+    [
+        ("epoch = 3", ["'epoch'", "Did you mean 'epochs'"]),
+        ('command = "heal"', ["file of a 'heal'", "manyheads heal --config"]),
+        ("epochs = true", ["epochs = True", "a whole number"]),
+        ('epochs = "many"', ["'many'", "a whole number"]),
+        ('augment = "perhaps"', ["'perhaps'"]),
+        ("epochs = ", ["cannot be read"]),
+        ('format = "manyheads.run"', ["'manyheads.run'", "config.json"]),
+        ("epochs = 1", ["MODEL, IMAGES, --out", "not given"]),
+        ('recipe = "diet"', ["--recipe diet", "no such published settings"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_that_cannot_be_followed_is_refused(
+    terminal: Terminal, text: str, facts: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "run.toml").write_text(text + "\n")
+    said = terminal.refusal("train", "--config", str(tmp_path / "run.toml"))
+    assert all(fact in said for fact in facts), said
+
+
+def test_files_of_another_kind_are_refused(terminal: Terminal, tmp_path: Path) -> None:
+    said = terminal.refusal("train", "--config", str(tmp_path / "absent.toml"))
+    assert "cannot be read" in said
+    (tmp_path / "run.yaml").write_text("epochs: 3")
+    said = terminal.refusal("train", "--config", str(tmp_path / "run.yaml"))
+    assert "neither .toml nor .json" in said
+    (tmp_path / "run.json").write_text("[1]")
+    said = terminal.refusal("train", "--config", str(tmp_path / "run.json"))
+    assert "no table" in said
+
+
+def test_other_versions_are_remarked_upon(
+    terminal: Terminal, teacher: str, pictures: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"versions": {"torch": "0.4.1"}, "batch_size": 10}))
+    code, _, err = terminal("evaluate", teacher, pictures, "--config", str(file))
+    assert code == 0
+    assert "torch was 0.4.1 and is" in err
+
+
+def test_a_named_recipe_stands_below_the_file_and_the_words(
+    terminal: Terminal,
+    teacher: str,
+    pictures: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    published = Published(
+        options={"epochs": 1, "learning_rate": 0.5, "weight_decay": 0.25, "seed": 7},
+        model={"drop_path_rate": 0.1},
+    )
+    monkeypatch.setitem(RECIPES, "short", published)
+    file = tmp_path / "run.toml"
+    file.write_text('recipe = "short"\nweight_decay = 0.125\nseed = 8\n')
+    code, out, err = terminal(
+        *("train", teacher, pictures, "--config", str(file), "--seed", "9", "--json"),
+        *("--out", str(tmp_path / "out"), *QUICK),
+    )
+    assert code == 0, err
+    config = json.loads(out)["config"]
+    found = [config[k] for k in ("learning_rate", "weight_decay", "seed", "recipe")]
+    assert found == [0.5, 0.125, 9, "short"]
+    assert "stays as built, without drop_path_rate=0.1" in err
+
+
+def test_only_the_first_of_many_processes_speaks_and_writes(
+    terminal: Terminal,
+    teacher: str,
+    pictures: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Without its other variables torchrun's rank is nothing but a number here.
+    monkeypatch.setenv("RANK", "1")
+    words = ("train", teacher, pictures, "--epochs", "1", *QUICK)
+    code, out, _ = terminal(*words, "--out", str(tmp_path / "out"))
+    assert (code, out) == (0, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "there"])
+def test_a_run_that_is_refused_at_once_leaves_no_trace(
+    terminal: Terminal, teacher: str, there: bool, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    if there:
+        run.mkdir()
+    said = terminal.refusal(
+        *("train", teacher, str(tmp_path / "nothing"), "--epochs", "1"),
+        *("--out", str(tmp_path / "out"), "--run-dir", str(run)),
+    )
+    assert "no such folder" in said
+    assert list(tmp_path.iterdir()) == ([run] if there else [])
+    assert not there or list(run.iterdir()) == []
+
+
+def test_another_run_s_folder_keeps_its_command(
+    terminal: Terminal, teacher: str, pictures: str, tmp_path: Path
+) -> None:
+    words = ("train", teacher, pictures, "--epochs", "1", *QUICK)
+    words += ("--run-dir", str(tmp_path / "run"), "--out", str(tmp_path / "out"))
+    terminal.json(*words)
+    kept = (tmp_path / "run" / "config.json").read_bytes()
+    said = terminal.refusal(*words, "--learning-rate", "0.5")
+    assert "belongs to another run" in said
+    assert (tmp_path / "run" / "config.json").read_bytes() == kept
