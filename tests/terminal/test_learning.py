@@ -17,7 +17,6 @@ from typer.main import get_command
 
 import manyheads as mh
 from manyheads.cli import app
-from manyheads.commands.learning import RECIPES, Published
 from manyheads.terminal.options import words_of
 from tests.terminal.session import PROGRAM, Terminal
 
@@ -185,29 +184,47 @@ def test_other_versions_are_remarked_upon(
     assert "torch was 0.4.1 and is" in err
 
 
-def test_a_named_recipe_stands_below_the_file_and_the_words(
-    terminal: Terminal,
-    teacher: str,
-    pictures: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_deit_s_published_values_stand_below_the_file_and_the_words(
+    terminal: Terminal, teacher: str, pictures: str, tmp_path: Path
 ) -> None:
-    published = Published(
-        options={"epochs": 1, "learning_rate": 0.5, "weight_decay": 0.25, "seed": 7},
-        model={"drop_path_rate": 0.1},
-    )
-    monkeypatch.setitem(RECIPES, "short", published)
     file = tmp_path / "run.toml"
-    file.write_text('recipe = "short"\nweight_decay = 0.125\nseed = 8\n')
+    file.write_text('recipe = "deit"\nweight_decay = 0.125\nepochs = 7\n')
     code, out, err = terminal(
-        *("train", teacher, pictures, "--config", str(file), "--seed", "9", "--json"),
-        *("--out", str(tmp_path / "out"), *QUICK),
+        *("train", teacher, pictures, "--config", str(file), "--epochs", "1"),
+        *("--out", str(tmp_path / "out"), *QUICK, "--json"),
     )
     assert code == 0, err
     config = json.loads(out)["config"]
-    found = [config[k] for k in ("learning_rate", "weight_decay", "seed", "recipe")]
-    assert found == [0.5, 0.125, 9, "short"]
+    assert (config["recipe"], config["batch_size"]) == ("deit", 10)
+    assert (config["weight_decay"], config["epochs"]) == (0.125, 1)
+    assert (config["learning_rate"], config["warmup_epochs"]) == (1e-3, 5)
+    assert (config["max_grad_norm"], config["ema_decay"]) == (None, 0.99996)
+    augment = config["augment"]
+    assert (augment["mixup"], augment["cutmix"], augment["erasing"]) == (0.8, 1.0, 0.25)
+    assert (augment["rand_magnitude"], augment["repeats"]) == (9, 3)
     assert "stays as built, without drop_path_rate=0.1" in err
+    # Tables come back as what they were.
+    (tmp_path / "again.json").write_text(json.dumps(config))
+    again = terminal.json(
+        *("train", "--config", str(tmp_path / "again.json")),
+        *("--out", str(tmp_path / "again")),
+    )
+    assert again["config"]["augment"] == augment
+    assert _equal(tmp_path / "out", tmp_path / "again")
+
+
+def test_a_registered_model_is_built_as_its_recipe_builds_it(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    code, _, err = terminal(
+        *("train", "vit_tiny_patch16_224", "digits", "--no-pretrained", "--out", out),
+        *("--recipe", "deit", "--augment", "light", "--learning-rate", "-1"),
+    )
+    # Refused for its rate, after the model was built and the recipe read.
+    assert code == 2
+    assert "learning_rate=-1" in err
+    assert "stays as built" not in err
 
 
 def test_only_the_first_of_many_processes_speaks_and_writes(

@@ -44,7 +44,7 @@ class Published:
     model: Mapping[str, Any]
 
 
-RECIPES: dict[str, Published] = {}
+RECIPES = {"deit": Published(options=training.DEIT, model=training.DEIT_MODEL)}
 """Published settings of training, by name."""
 _BESIDE = "command.json"
 """What a written model says of the command that made it."""
@@ -70,7 +70,7 @@ _RECIPE = Word(
     kinds=(str, type(None)),
     default=None,
     positional=False,
-    told=f"Published settings to start from: {', '.join(RECIPES) or 'none yet'}.",
+    told=f"Published settings to start from: {', '.join(RECIPES)}.",
 )
 _CONFIG = Annotated[
     Path | None,
