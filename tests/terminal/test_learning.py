@@ -6,6 +6,7 @@ import inspect
 import json
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -227,19 +228,30 @@ def test_a_registered_model_is_built_as_its_recipe_builds_it(
     assert "stays as built" not in err
 
 
-def test_only_the_first_of_many_processes_speaks_and_writes(
-    terminal: Terminal,
-    teacher: str,
-    pictures: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_only_the_first_of_two_processes_speaks_and_writes(
+    terminal: Terminal, teacher: str, pictures: str, tmp_path: Path
 ) -> None:
-    # Without its other variables torchrun's rank is nothing but a number here.
-    monkeypatch.setenv("RANK", "1")
-    words = ("train", teacher, pictures, "--epochs", "1", *QUICK)
-    code, out, _ = terminal(*words, "--out", str(tmp_path / "out"))
-    assert (code, out) == (0, "")
-    assert list(tmp_path.iterdir()) == []
+    words = ["train", teacher, pictures, "--epochs", "1", *QUICK]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    line += [
+        "--nproc-per-node",
+        "2",
+        "--no-python",
+        *PROGRAM,
+        *words,
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
+    ]
+    line += ["--run-dir", str(tmp_path / "run")]
+    ended = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["result"]["processes"] == 2
+    assert ended.stderr.count("Written to") == 1
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert kept == found["config"]
+    assert mh.load(tmp_path / "out").head.out_features == 10
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "there"])
