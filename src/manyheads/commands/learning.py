@@ -44,7 +44,9 @@ class Published:
     model: Mapping[str, Any]
 
 
-RECIPES: dict[str, Published] = {}
+RECIPES: dict[str, Published] = {
+    "deit": Published(options=training.DEIT, model=training.DEIT_MODEL),
+}
 """Published settings of training, by name."""
 _BESIDE = "command.json"
 """What a written model says of the command that made it."""
