@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from manyheads.kernels.registration import register_autocast
+
 __all__ = ["Form", "attend", "blend_tokens", "choose_form", "wide_attention"]
 
 Form = Literal["fused", "chunked", "padded", "calls"]
@@ -253,6 +255,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, Non
 
 
 wide_attention.register_autograd(_backward, setup_context=_setup_context)
+register_autocast("wide_attention")
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice]]:

@@ -1,0 +1,53 @@
+"""What all operators share: how autocast sees them, and whether Triton is there."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["has_triton", "register_autocast"]
+
+# torch leaves this class without types.
+_LIBRARY: Any = torch.library.Library("manyheads", "FRAGMENT")  # type: ignore[no-untyped-call]
+_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+@cache
+def has_triton() -> bool:
+    """Say whether Triton is installed; it is not imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def register_autocast(name: str) -> None:
+    """Run an operator of ours in the type that autocast gives matrix products.
+
+    That is how torch treats its own fused attention. Its `register_autocast` wants one
+    type at import, whatever type the user asks autocast for; here it is looked up with
+    each call. float64 stays as it is, as with torch's own operators.
+
+    Args:
+        name: The operator's, without the library's.
+    """
+    overload = getattr(torch.ops.manyheads, name).default
+    for device, key in _DEVICES.items():
+        _LIBRARY.impl(name, _cast_and_call(overload, device), key)
+
+
+def _cast_and_call(overload: Any, device: str) -> Any:
+    def kernel(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return overload(*(_cast(x, dtype, device) for x in args))
+
+    return kernel
+
+
+def _cast(x: Any, dtype: torch.dtype, device: str) -> Any:
+    if not isinstance(x, Tensor) or x.device.type != device:
+        return x
+    eligible = x.is_floating_point() and x.dtype is not torch.float64
+    return x.to(dtype) if eligible else x
