@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from manyheads.kernels import hallucinated, hydra
+from manyheads.kernels import hallucinated, hydra, interactive
 
 Operator = Callable[..., Tensor]
 
@@ -22,7 +22,15 @@ def _wide_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return mixed
 
 
+def _interactive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mix = torch.eye(2) + 0.1
+    rest = (0.5, None, mix, None, mix, None, None)
+    mixed: Tensor = interactive.interactive(q, k, v, q[:, :3], k[:, :3], *rest)
+    return mixed
+
+
 OPERATORS = [
+    pytest.param(_interactive, id="interactive"),
     pytest.param(_hydra, id="hydra"),
     pytest.param(_wide_attention, id="wide_attention"),
 ]

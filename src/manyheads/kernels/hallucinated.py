@@ -255,7 +255,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, Non
 
 
 wide_attention.register_autograd(_backward, setup_context=_setup_context)
-register_autocast("wide_attention")
+register_autocast("wide_attention", projected=3)
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice]]:

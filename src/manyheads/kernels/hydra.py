@@ -230,7 +230,7 @@ def _backward(
 
 
 hydra_and_summary.register_autograd(_backward, setup_context=_setup_context)
-register_autocast("hydra")
+register_autocast("hydra", projected=3)
 
 
 def _summary(x: Tensor, y: Tensor, key_mask: Tensor | None, buffer: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def register_autocast(name: str) -> None:
+def register_autocast(name: str, *, projected: int) -> None:
     """Run an operator of ours in the type that autocast gives matrix products.
 
     That is how torch treats its own fused attention. Its `register_autocast` wants one
@@ -31,23 +31,23 @@ def register_autocast(name: str) -> None:
 
     Args:
         name: The operator's, without the library's.
+        projected: How many of the first arguments are projected tokens, which are
+            cast; parameters and masks behind them stay as they are.
     """
     overload = getattr(torch.ops.manyheads, name).default
     for device, key in _DEVICES.items():
-        _LIBRARY.impl(name, _cast_and_call(overload, device), key)
+        _LIBRARY.impl(name, _cast_and_call(overload, device, projected), key)
 
 
-def _cast_and_call(overload: Any, device: str) -> Any:
+def _cast_and_call(overload: Any, device: str, projected: int) -> Any:
     def kernel(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            return overload(*(_cast(x, dtype, device) for x in args))
+            cast = (_cast(x, dtype, device) for x in args[:projected])
+            return overload(*cast, *args[projected:])
 
     return kernel
 
 
-def _cast(x: Any, dtype: torch.dtype, device: str) -> Any:
-    if not isinstance(x, Tensor) or x.device.type != device:
-        return x
-    eligible = x.is_floating_point() and x.dtype is not torch.float64
-    return x.to(dtype) if eligible else x
+def _cast(x: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    return x if x.dtype is torch.float64 or x.device.type != device else x.to(dtype)

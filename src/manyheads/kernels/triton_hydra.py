@@ -17,25 +17,17 @@ Imported only where a kernel is launched; `manyheads.kernels.hydra` is the way i
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, no_type_check
+from typing import no_type_check
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from manyheads.kernels.launching import masked, on_device_of, type_of_sums, wide_dtype
+from manyheads.kernels.launching import Plan, masked, on_device_of, share_out
 
 __all__ = ["backward", "forward"]
 
-# Elements of one tile: 32 float32 a thread with four warps, so that several programs
-# share a multiprocessor and their loads cover each other's waiting.
-_TILE = 4096
-# Programs that fill a large chip a few times over. Part of the order of summation, so
-# it is one number for all devices.
-_PROGRAMS = 1024
-# Partial sums are written and read in float32: at least this many tiles before one.
-_LEAST_TILES = 4
 # Few programs add the partial sums up, so each must have much on its way at a time.
 _COLUMNS = 32
 _SPLITS = 256
@@ -269,11 +261,11 @@ def forward(
     most ``1 / (4 BLOCK_N)`` of the keys' elements.
     """
     with on_device_of(q):
-        plan = _plan(k)
+        plan = share_out(k)
         partial = plan.room(k)
         _sum(plan, k, v, key_mask, partial)
         summary = _finish(plan, partial, None)
-        plan = _plan(q)
+        plan = share_out(q)
         if plan.programs:
             _gate_kernel[(plan.programs,)](
                 q, summary, out, *plan.sizes, *q.stride(), **plan.options
@@ -305,7 +297,7 @@ def backward(
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)
     )
     with on_device_of(q):
-        plan = _plan(q)
+        plan = share_out(q)
         partial = plan.room(q)
         if plan.programs:
             strides = (*q.stride(), *grad.stride())
@@ -313,7 +305,7 @@ def backward(
                 q, grad, summary, dq, partial, *plan.sizes, *strides, **plan.options
             )
         gathered = _finish(plan, partial, grad_summary)
-        plan = _plan(k)
+        plan = share_out(k)
         if plan.programs:
             mask, mask_strides = masked(key_mask, k)
             strides = (*k.stride(), *v.stride(), *mask_strides)
@@ -332,46 +324,8 @@ def backward(
     return dq, dk, dv
 
 
-class _Plan(NamedTuple):
-    """How tokens are shared out among programs."""
-
-    images: int
-    sizes: tuple[int, int, int, int]  # tokens, width, tokens a program, programs
-    options: dict[str, Any]
-
-    @property
-    def programs(self) -> int:
-        return self.images * self.sizes[3] if self.sizes[1] else 0
-
-    def room(self, like: Tensor) -> Tensor:
-        """Make room for the partial sums, a row a program."""
-        shape = self.images * self.sizes[3], self.sizes[1]
-        return like.new_empty(shape, dtype=wide_dtype(like))
-
-
-def _plan(x: Tensor) -> _Plan:
-    B, N, D = x.shape
-    block_d = triton.next_power_of_2(max(1, D))
-    most = triton.next_power_of_2(max(1, N))
-    block_n = min(most, max(1, _TILE // block_d))
-    tiles = triton.cdiv(N, block_n)
-    wanted = min(triton.cdiv(tiles, _LEAST_TILES), triton.cdiv(_PROGRAMS, max(1, B)))
-    run = block_n * triton.cdiv(tiles, max(1, wanted))
-    return _Plan(
-        images=B,
-        sizes=(N, D, run, triton.cdiv(N, run) if run else 0),
-        options={
-            "WIDE": type_of_sums(x),
-            "BLOCK_N": block_n,
-            "BLOCK_D": block_d,
-            "num_warps": min(16, max(1, block_n * block_d // 1024)),
-            "enable_fp_fusion": True,
-        },
-    )
-
-
 def _sum(
-    plan: _Plan, x: Tensor, y: Tensor, key_mask: Tensor | None, partial: Tensor
+    plan: Plan, x: Tensor, y: Tensor, key_mask: Tensor | None, partial: Tensor
 ) -> None:
     if not plan.programs:
         return
@@ -389,7 +343,7 @@ def _sum(
     )
 
 
-def _finish(plan: _Plan, partial: Tensor, more: Tensor | None) -> Tensor:
+def _finish(plan: Plan, partial: Tensor, more: Tensor | None) -> Tensor:
     (_, D, _, splits), B = plan.sizes, plan.images
     total = partial.new_empty(B, D)
     if total.numel():
