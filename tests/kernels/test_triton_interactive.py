@@ -12,7 +12,7 @@ from manyheads.kernels.interactive import Mixes
 from tests.helpers import assert_close
 from tests.kernels.devices import DEVICES
 
-triton_interactive = pytest.importorskip("manyheads.kernels.triton_interactive")
+triton_gather = pytest.importorskip("manyheads.kernels.triton_gather")
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 PLACES = [(0, 0, 0, 0), (0, 1, 0, 1), (1, 0, 1, 0), (1, 1, 1, 1), (0, 1, 1, 0)]
@@ -132,8 +132,8 @@ def test_odd_sizes(
 def test_every_way_of_sharing_out_tokens_gives_the_same(
     device: str, monkeypatch: pytest.MonkeyPatch, programs: int
 ) -> None:
-    monkeypatch.setattr(triton_interactive, "_LEAST_RUN", 16)
-    monkeypatch.setattr(triton_interactive, "_PROGRAMS", programs)
+    monkeypatch.setattr(triton_gather, "_LEAST_RUN", 16)
+    monkeypatch.setattr(triton_gather, "_PROGRAMS", programs)
     ours, plain = _both(_inputs(device, 51), _mixes((0, 1, 0, 1), 3, device))
     assert_close(ours[0], plain[0])
 
