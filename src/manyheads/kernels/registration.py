@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["has_triton", "register_autocast"]
+from manyheads.errors import InvalidOption
+
+__all__ = ["has_triton", "register_autocast", "require_triton"]
 
 # torch leaves this class without types.
 _LIBRARY: Any = torch.library.Library("manyheads", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -20,6 +23,25 @@ _DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 def has_triton() -> bool:
     """Say whether Triton is installed; it is not imported."""
     return importlib.util.find_spec("triton") is not None
+
+
+def require_triton(x: Tensor, asked: str) -> None:
+    """Refuse a Triton kernel that was asked for by name where none can run.
+
+    Triton's interpreter, switched on by TRITON_INTERPRET=1, takes tensors on the CPU.
+
+    Raises:
+        InvalidOption: There is no Triton, or the tensor is not on a GPU.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if has_triton() and (x.device.type == "cuda" or interpreted):
+        return
+    missing = "Triton is not installed" if not has_triton() else "Triton runs on GPUs"
+    raise InvalidOption(
+        asked=asked,
+        found=f"the tensors are on {x.device} and {missing}",
+        fix="Leave form=None: it takes what runs here.",
+    )
 
 
 def register_autocast(name: str, *, projected: int) -> None:
