@@ -33,10 +33,12 @@ Form = Literal["triton", "passes"]
 # One tile of the Triton kernels holds a whole token.
 _WIDEST = 8192
 # Bytes of one float32 tile: it bounds the buffer, and is so large that six operations
-# a tile cost nothing beside it. Tiles that fit the L2 cache of a CPU were measured: up
-# to 1.3 times faster on an idle machine and two times slower on a busy one, because
-# with every tile the threads wait for each other six times more.
+# a tile cost nothing beside it. Where threads share the work, each waits for the others
+# after every operation, and small tiles double the time on a busy machine.
 _TILE_BYTES = 64 * 2**20
+# One thread waits for nobody: long images go by in tiles that stay in its cache from
+# one operation to the next. Shorter ones fit the last cache as a whole.
+_CACHED_TILE_BYTES, _CACHED_FROM_BYTES = 3 * 2**18, 2**24
 
 _Tile = tuple[slice, slice]
 
@@ -53,12 +55,15 @@ def tiles(x: Tensor) -> list[_Tile]:
     """Choose the formulation: which images and tokens are worked on at a time.
 
     A tile is several whole images, or a run of tokens where one image is too long.
+    `benchmarks/tile_sizes.py` measures which size wins on a machine.
 
     Args:
         x: A tensor [B, N, D].
     """
     B, N, D = x.shape
-    num_tokens = max(1, _TILE_BYTES // (4 * max(1, D)))
+    cached = torch.get_num_threads() == 1 and 4 * N * D > _CACHED_FROM_BYTES
+    num_bytes = _CACHED_TILE_BYTES if cached else _TILE_BYTES
+    num_tokens = max(1, num_bytes // (4 * max(1, D)))
     length = max(1, min(N, num_tokens))
     group = num_tokens // length
     return [
