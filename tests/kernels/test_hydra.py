@@ -137,6 +137,25 @@ def test_half_precision_survives_extreme_lengths(size: float) -> None:
     assert_close(kernel.hydra(q, k, v, None), hydra_attention(q, k, v))
 
 
+def test_a_million_tokens_are_summed_exactly_enough() -> None:
+    inputs = _qkv(1, 1_000_000, dim=3, dtype=torch.float32)
+    assert_close(kernel.hydra(*inputs, None), hydra_attention(*inputs))
+    exact = hydra_attention(*(x.double() for x in inputs)).float()
+    assert_close(kernel.hydra(*inputs, None), exact)
+
+
+def test_the_gradient_of_the_summary_is_exact() -> None:
+    q, k, v = (x.requires_grad_() for x in _qkv(2, 6, dim=5))
+    torch.autograd.gradcheck(
+        lambda *x: kernel.hydra_and_summary(*x, None), (q, k, v), fast_mode=True
+    )
+
+
+def test_the_form_is_chosen_by_device() -> None:
+    assert kernel.choose_form(torch.empty(1, 2, 8)) == "passes"
+    assert kernel.choose_form(torch.empty(1, 2, 8, device="meta")) == "passes"
+
+
 def test_given_memory_is_filled_and_returned() -> None:
     inputs = _qkv(2, 70, dtype=torch.float32)
     out = torch.full_like(inputs[0], torch.nan)
@@ -150,7 +169,7 @@ def test_given_memory_is_filled_and_returned() -> None:
 def test_the_operator_keeps_the_rules_of_torch_library(masked: bool) -> None:
     inputs = [x.requires_grad_() for x in _qkv(2, 5, 8, torch.float32)]
     mask = torch.rand(2, 5) > 0.5 if masked else None
-    torch.library.opcheck(kernel.hydra, (*inputs, mask))
+    torch.library.opcheck(kernel.hydra_and_summary, (*inputs, mask))
 
 
 def test_work_is_counted_on_the_meta_device() -> None:
@@ -194,6 +213,11 @@ torch.testing.assert_close(compiled, both(*inputs))
 ours = torch.autograd.grad(compiled.sum(), inputs)
 eager = torch.autograd.grad(both(*inputs).sum(), inputs)
 torch.testing.assert_close(ours, eager)
+
+with torch.autocast("cpu", torch.bfloat16):
+    compiled = torch.compile(both, fullgraph=True)(*inputs)
+    torch.testing.assert_close(compiled, both(*inputs))
+assert torch.compile(hydra, fullgraph=True)(*inputs, None).dtype == torch.float32
 """
 
 

@@ -4,24 +4,29 @@ The slow twins are `manyheads.attention.blending.blend_maps`, which convolves ma
 place of tokens, and `manyheads.attention.softmax.softmax_maps` applied to the values.
 
 On probabilities the values are wider than the queries. torch's fused attention on CPU
-refuses that and takes, in silence, the path that builds the whole map. Three forms do
-without; `choose_form` is the one place where one is picked.
+refuses that and takes, in silence, the path that builds the whole map. Several forms
+do without; `choose_form` is the one place where one is picked.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import register_flop_formula
+
+from manyheads.kernels.registration import register_autocast
+from manyheads.kernels.two_widths import two_width_attention
 
 __all__ = ["Form", "attend", "blend_tokens", "choose_form", "wide_attention"]
 
-Form = Literal["fused", "chunked", "padded", "calls"]
+Form = Literal["fused", "chunked", "padded", "calls", "triton", "flex"]
 
 _BLOCK_ELEMENTS = 2**20
 _BLOCK_ROWS = (64, 256)
@@ -86,8 +91,11 @@ def choose_form(q: Tensor, v: Tensor) -> Form:
       on CUDA, where only equal widths reach the flash kernel.
     - "chunked", plain matrix products over blocks of queries: everywhere else. On CPU
       it was the fastest of the three wherever it was measured.
-    - "calls", one fused call per run of value features: never the fastest; kept so
-      that it can be measured.
+    - "calls", one fused call per run of value features; "triton", our own kernel with
+      two widths, see `manyheads.kernels.triton_attention`; "flex", torch's compiled
+      FlexAttention: none is picked. They can be asked for by name and measured.
+      "triton" saves a quarter of the multiply-adds of "padded" where values are twice
+      as wide as queries, on kernels that are tuned less.
     """
     narrow, wide = q.shape[-1], v.shape[-1]
     if narrow == wide or torch.compiler.is_exporting():
@@ -127,12 +135,17 @@ def attend(
     if form == "chunked":
         mixed: Tensor = wide_attention(q, k, v, key_mask, scale)
         return mixed
+    if form == "triton":
+        served: Tensor = two_width_attention(q, k, v, key_mask, scale)[0]
+        return served
     heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     pairs = None if key_mask is None else key_mask[:, None, None, :]
     if form == "padded":
         return _padded(*heads_first, pairs, scale)
     if form == "calls":
         return _calls(*heads_first, pairs, scale)
+    if form == "flex":
+        return _flex(*heads_first, key_mask, scale)
     fused: Tensor = _fused(*heads_first, pairs, scale).transpose(1, 2)
     return fused
 
@@ -160,6 +173,27 @@ def _calls(
     runs = [v[..., start : start + width] for start in range(0, v.shape[-1], width)]
     mixed = [_padded(q, k, run, pairs, scale) for run in runs]
     return torch.cat(mixed, dim=-1)
+
+
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
+) -> Tensor:
+    """Let torch write the kernel; the first call of each size compiles it."""
+    modify = None
+    if key_mask is not None:
+
+        def modify(
+            score: Tensor, b: Tensor, _: Tensor, __: Tensor, m: Tensor
+        ) -> Tensor:
+            return torch.where(key_mask[b, m], score, -math.inf)
+
+    mixed: Tensor = _compiled_flex()(q, k, v, score_mod=modify, scale=scale)
+    return mixed.transpose(1, 2)
+
+
+@cache
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention, dynamic=False)
 
 
 @torch.library.custom_op(
@@ -253,6 +287,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, Non
 
 
 wide_attention.register_autograd(_backward, setup_context=_setup_context)
+register_autocast("wide_attention", projected=3)
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice]]:

@@ -6,28 +6,39 @@ Bolya et al., "Hydra Attention: Efficient Attention with Many Heads", 2022,
 arXiv 2209.07484.
 
 The work is bound by memory, not by arithmetic: what counts is how often q, k and v are
-read from it and how many fresh buffers are written. So the lengths of the vectors are
-kept as one number per token instead of dividing whole tensors, the sum over tokens is
-a matrix-vector product with those numbers, and the product of k and v is made in the
-memory of the output. Half types need a float32 buffer instead: that of one tile.
+read from it and how many fresh buffers are written. `choose_form` picks between two
+forms that do the same. On a GPU Triton kernels read each input once, see
+`manyheads.kernels.triton_hydra`. Elsewhere few passes of plain operators do: the
+lengths of the vectors are kept as one number per token instead of dividing whole
+tensors, the sum over tokens is a matrix-vector product with those numbers, and the
+product of k and v is made in the memory of the output. Half types need a float32
+buffer instead: that of one tile.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["hydra", "hydra_into", "tiles", "use_operator"]
+from manyheads.kernels.registration import has_triton, register_autocast
 
+__all__ = ["Form", "choose_form", "hydra", "hydra_into", "tiles", "use_operator"]
+
+Form = Literal["triton", "passes"]
+
+# One tile of the Triton kernels holds a whole token.
+_WIDEST = 8192
 # Bytes of one float32 tile: it bounds the buffer, and is so large that six operations
-# a tile cost nothing beside it. Tiles that fit the L2 cache of a CPU were measured: up
-# to 1.3 times faster on an idle machine and two times slower on a busy one, because
-# with every tile the threads wait for each other six times more.
+# a tile cost nothing beside it. Where threads share the work, each waits for the others
+# after every operation, and small tiles double the time on a busy machine.
 _TILE_BYTES = 64 * 2**20
+# One thread waits for nobody: long images go by in tiles that stay in its cache from
+# one operation to the next. Shorter ones fit the last cache as a whole.
+_CACHED_TILE_BYTES, _CACHED_FROM_BYTES = 3 * 2**18, 2**24
 
 _Tile = tuple[slice, slice]
 
@@ -44,12 +55,15 @@ def tiles(x: Tensor) -> list[_Tile]:
     """Choose the formulation: which images and tokens are worked on at a time.
 
     A tile is several whole images, or a run of tokens where one image is too long.
+    `benchmarks/tile_sizes.py` measures which size wins on a machine.
 
     Args:
         x: A tensor [B, N, D].
     """
     B, N, D = x.shape
-    num_tokens = max(1, _TILE_BYTES // (4 * max(1, D)))
+    cached = torch.get_num_threads() == 1 and 4 * N * D > _CACHED_FROM_BYTES
+    num_bytes = _CACHED_TILE_BYTES if cached else _TILE_BYTES
+    num_tokens = max(1, num_bytes // (4 * max(1, D)))
     length = max(1, min(N, num_tokens))
     group = num_tokens // length
     return [
@@ -59,36 +73,62 @@ def tiles(x: Tensor) -> list[_Tile]:
     ]
 
 
-@torch.library.custom_op(
-    "manyheads::hydra",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? key_mask) -> Tensor",
-)
+def choose_form(q: Tensor) -> Form:
+    """Pick who does the work, by device and width.
+
+    - "triton", kernels that read each input once: on CUDA, for widths up to 8,192.
+    - "passes", plain operators: everywhere else, and where Triton is not installed.
+    """
+    if q.device.type == "cuda" and q.shape[-1] <= _WIDEST and has_triton():
+        return "triton"
+    return "passes"
+
+
 def hydra(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
     """Let every token read one summary of the image, gated feature by feature.
 
         summary = sum_m unit(k_m) * v_m        out_n = unit(q_n) * summary
 
-    Cost: O(B N D) time. Nothing large is allocated but the output, for half types one
-    tile in float32 beside it.
+    Cost: O(B N D) time. Nothing large is allocated but the output, and, for half types
+    off the GPU, one tile in float32 beside it. Backward keeps the inputs and the
+    summary, one vector an image; lengths are computed again.
 
     Args:
         q: Projected queries [B, N, D]; any strides, a packed projection is read in
             place.
-        k: Projected keys [B, N, D].
-        v: Projected values [B, N, D], of the same type as q and k.
-        key_mask: True for tokens that enter the sum [B, N], or None for all.
+        k: Projected keys [B, S, D].
+        v: Projected values [B, S, D], of the same type as q and k.
+        key_mask: True for tokens that enter the sum [B, S], or None for all.
 
     Returns:
         Mixed tokens [B, N, D], contiguous.
     """
+    out: Tensor = hydra_and_summary(q, k, v, key_mask)[0]
+    return out
+
+
+@torch.library.custom_op(
+    "manyheads::hydra",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? key_mask) -> (Tensor, Tensor)",
+)
+def hydra_and_summary(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Do what `hydra` does and give the summary [B, D] too, in the type of sums."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return hydra_into(out, q, k, v, key_mask)
+    return out, _fill(out, q, k, v, key_mask)
 
 
-@hydra.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+@hydra_and_summary.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    summary = torch.empty(
+        (k.shape[0], k.shape[2]), dtype=_wide(q.dtype), device=q.device
+    )
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, summary
 
 
 def hydra_into(
@@ -107,35 +147,58 @@ def hydra_into(
         v: As for `hydra`.
         key_mask: As for `hydra`.
     """
+    _fill(out, q, k, v, key_mask)
+    return out
+
+
+def _fill(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
+) -> Tensor:
+    """Write the mixed tokens to `out` and give the summary [B, D]."""
+    if choose_form(q) == "triton":
+        # With the kernels comes Triton, which not every device and user has.
+        from manyheads.kernels import triton_hydra
+
+        return triton_hydra.forward(out, q, k, v, key_mask)
     buffer = _buffer(out, q, k)
     summary = _summary(k, v, key_mask, buffer)
     _gate(q, summary, None, buffer, out)
-    return out
+    return summary.squeeze(1)
 
 
 @torch.library.custom_op(
     "manyheads::hydra_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? key_mask)"
-    " -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor grad, Tensor grad_summary, Tensor q, Tensor k, Tensor v, "
+    "Tensor? key_mask, Tensor summary) -> (Tensor, Tensor, Tensor)",
 )
 def hydra_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
+    grad: Tensor,
+    grad_summary: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    summary: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the gradients of `hydra`; lengths and summary are computed again.
+    """Give the gradients of `hydra_and_summary`; lengths are computed again.
 
-    With a = unit(q), b = unit(k), s = summary and t = sum_n a_n * grad_n:
+    With a = unit(q), b = unit(k), s = summary and t = grad_s + sum_n a_n * grad_n:
 
         dq = (grad * s - a <a, grad * s>) / |q|
         dk = (t * v - b <b, t * v>) / |k|           dv = t * b
     """
+    if choose_form(q) == "triton":
+        from manyheads.kernels import triton_hydra
+
+        sums = grad_summary.contiguous(), summary.contiguous()
+        return triton_hydra.backward(grad, q, k, v, key_mask, *sums)
     dq, dk, dv = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)
     )
     buffer = _buffer(dv, q, k)
-    summary = _summary(k, v, key_mask, buffer)
-    gathered = _summary(q, grad, None, buffer)
-    _through_unit(grad, q, summary, None, buffer, dq)
+    gathered = _summary(q, grad, None, buffer).add_(grad_summary[:, None])
+    _through_unit(grad, q, summary[:, None], None, buffer, dq)
     _through_unit(v, k, gathered, key_mask, buffer, dk)
     _gate(k, gathered, key_mask, buffer, dv)
     return dq, dk, dv
@@ -143,7 +206,13 @@ def hydra_backward(
 
 @hydra_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
+    grad: Tensor,
+    grad_summary: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    summary: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     def fresh(x: Tensor) -> Tensor:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -151,17 +220,22 @@ def _(
     return fresh(q), fresh(k), fresh(v)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> None:
     q, k, v, key_mask = inputs
-    ctx.save_for_backward(q, k, v, key_mask)
+    ctx.save_for_backward(q, k, v, key_mask, output[1])
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    q, k, v, key_mask = ctx.saved_tensors
-    return *hydra_backward(grad, q, k, v, key_mask), None
+def _backward(
+    ctx: Any, grad: Tensor, grad_summary: Tensor
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    q, k, v, key_mask, summary = ctx.saved_tensors
+    return *hydra_backward(grad, grad_summary, q, k, v, key_mask, summary), None
 
 
-hydra.register_autograd(_backward, setup_context=_setup_context)
+hydra_and_summary.register_autograd(_backward, setup_context=_setup_context)
+register_autocast("hydra", projected=3)
 
 
 def _summary(x: Tensor, y: Tensor, key_mask: Tensor | None, buffer: Tensor) -> Tensor:
@@ -234,13 +308,17 @@ def _buffer(out: Tensor, *tensors: Tensor) -> Tensor:
     largest = max(sizes, default=0)
     if out.dtype in (torch.float32, torch.float64) and out.numel() >= largest:
         return out.view(-1)
-    wide = torch.float64 if out.dtype is torch.float64 else torch.float32
-    return torch.empty(largest, dtype=wide, device=out.device)
+    return torch.empty(largest, dtype=_wide(out.dtype), device=out.device)
 
 
 def _room(buffer: Tensor, x: Tensor) -> Tensor:
     """Shape the front of the buffer like one tile."""
     return buffer[: x.numel()].view(x.shape)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Name the type of sums."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def _widened(x: Tensor, room: Tensor) -> Tensor:
@@ -256,7 +334,7 @@ def _flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
 
 
 @register_flop_formula([torch.ops.manyheads.hydra_backward])
-def _backward_flops(grad: Any, q: Any, k: Any, *_: Any, **__: Any) -> int:
-    """The sum again, its transpose, and the three gradients' gates."""
+def _backward_flops(grad: Any, _: Any, q: Any, k: Any, *__: Any, **___: Any) -> int:
+    """The transposed sum, and the gates of the three gradients."""
     B, N, D = grad
-    return 2 * int(B) * (2 * int(N) + 3 * int(k[1])) * int(D)
+    return 2 * int(B) * (2 * int(N) + 2 * int(k[1])) * int(D)

@@ -5,51 +5,48 @@ The slow twin is `manyheads.attention.interactive.interactive_maps`.
 Kang, Yang, Ryu, "Interactive Multi-Head Self-Attention with Linear Complexity", 2024,
 arXiv 2402.17507.
 
-Plain operators only, so that `torch.compile`, `torch.export`, autocast and the FLOP
-counter see them truly; no operator of our own is needed. What is won here is won by
-order: values are gathered at the landmarks before any query is looked at, and where no
-gradient is wanted the queries are served in portions that stay in the caches.
+Values are gathered at the landmarks before any query is looked at. `choose_form` is
+the one place where the way is picked: plain operators, which `torch.compile`,
+`torch.export`, autocast and the FLOP counter see through, or one operator of our own
+around Triton kernels that hold no map, see `manyheads.kernels.triton_interactive`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
-from manyheads.geometry import Grid
+from manyheads.kernels.landmarks import cell_means, find_landmarks
+from manyheads.kernels.registration import has_triton, register_autocast
+from manyheads.kernels.thin_maps import (
+    APART,
+    Mixes,
+    mix_heads,
+    thin_gradients,
+    weights_of,
+)
 
 __all__ = [
     "APART",
+    "Form",
     "Mixes",
     "attend",
     "cell_means",
+    "choose_form",
     "find_landmarks",
+    "interactive",
     "tokens_at_once",
 ]
 
+Form = Literal["calls", "triton", "plain"]
 
-class Mixes(NamedTuple):
-    """Head-by-head matrices [H, H], row = new head; None leaves the heads apart.
-
-    Attributes:
-        before_queries: On the scores of queries against landmarks.
-        after_queries: On the weights of queries over landmarks.
-        before_keys: On the scores of landmarks against keys.
-        after_keys: On the weights of landmarks over keys.
-    """
-
-    before_queries: Tensor | None = None
-    after_queries: Tensor | None = None
-    before_keys: Tensor | None = None
-    after_keys: Tensor | None = None
-
-
-APART = Mixes()
-"""No head hears of another."""
+# What one program of the Triton kernels can hold: all heads' weights of 16 tokens.
+_MOST_HEADS, _MOST_LANDMARKS, _WIDEST_HEAD = 16, 64, 128
 
 
 def tokens_at_once(weights_per_token: int, like: Tensor) -> int | None:
@@ -69,6 +66,30 @@ def tokens_at_once(weights_per_token: int, like: Tensor) -> int | None:
     return max(16, portion // weights_per_token)
 
 
+def choose_form(q: Tensor, num_landmarks: int, mixes: Mixes, *, masked: bool) -> Form:
+    """Pick how to attend, by mixes, mask, device, type and sizes.
+
+    - "calls", two calls of torch's fused attention, which hold no weights: without
+      mixes and mask, anywhere.
+    - "triton", one program for all heads of 16 tokens: on CUDA in float32 and half
+      types, for up to 16 heads of width 128 and 64 landmarks; not in exported
+      programs, which must run where this package is not installed.
+    - "plain", matrix products and softmax: everywhere else.
+    """
+    if all(mix is None for mix in mixes) and not masked:
+        return "calls"
+    fits = (
+        q.shape[2] <= _MOST_HEADS
+        and q.shape[3] <= _WIDEST_HEAD
+        and num_landmarks <= _MOST_LANDMARKS
+        and q.dtype is not torch.float64
+    )
+    on_gpu = q.device.type == "cuda" and has_triton()
+    if on_gpu and fits and not torch.compiler.is_exporting():
+        return "triton"
+    return "plain"
+
+
 def attend(
     q: Float[Tensor, "B N H K"],
     k: Float[Tensor, "B N H K"],
@@ -80,15 +101,17 @@ def attend(
     mixes: Mixes,
     kept: Bool[Tensor, "B N"] | None = None,
     marked: Bool[Tensor, "B L"] | None = None,
+    form: Form | None = None,
 ) -> Float[Tensor, "B N H K"]:
     """Gather values at the landmarks, then let every query read the landmarks.
 
         summary = mix(softmax_n(q_marks k^T * scale)) v          [B, H, L, K]
         out     = mix(softmax_l(q k_marks^T * scale)) summary
 
-    Cost: O(N L H (K + H)) time. Without mixes two fused calls hold no weights at all.
-    With mixes and without gradients one stack [B, H, L, N] is held (two while heads
-    are mixed before the softmax), plus a portion; with gradients autograd keeps four.
+    Cost: O(N L H (K + H)) time. "calls" and "triton" hold no weights at all; backward
+    of "triton" makes them again. "plain" holds one stack [B, H, L, N] without gradients
+    (two while heads are mixed before the softmax), plus a portion; with gradients
+    autograd keeps four.
 
     Args:
         q: Queries.
@@ -100,21 +123,46 @@ def attend(
         mixes: How the heads talk.
         kept: True for keys that count.
         marked: True for landmarks that stand for at least one such token.
+        form: See `choose_form`, which decides if this is None.
     """
-    heads_q, heads_k, heads_v = (x.transpose(1, 2) for x in (q, k, v))
-    from_marks, to_marks = (x.transpose(1, 2) for x in (q_marks, k_marks))
-    if all(mix is None for mix in mixes) and kept is None:
+    form = form or choose_form(q, q_marks.shape[1], mixes, masked=kept is not None)
+    if form == "triton":
+        served: Tensor = interactive(
+            q, k, v, q_marks, k_marks, scale, *mixes, kept, marked
+        )
+        return served
+    if form == "calls":
+        heads_q, heads_k, heads_v, from_marks, to_marks = (
+            x.transpose(1, 2) for x in (q, k, v, q_marks, k_marks)
+        )
         summary = F.scaled_dot_product_attention(
             from_marks, heads_k, heads_v, scale=scale
         )
         mixed = F.scaled_dot_product_attention(heads_q, to_marks, summary, scale=scale)
         return mixed.transpose(1, 2)
+    return _attend(q, k, v, q_marks, k_marks, scale, mixes, kept, marked)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_marks: Tensor,
+    k_marks: Tensor,
+    scale: float,
+    mixes: Mixes,
+    kept: Tensor | None,
+    marked: Tensor | None,
+) -> Tensor:
+    """Do it in plain operators; without gradients in portions that stay in caches."""
+    heads_q, heads_k, heads_v = (x.transpose(1, 2) for x in (q, k, v))
+    from_marks, to_marks = (x.transpose(1, 2) for x in (q_marks, k_marks))
     step = tokens_at_once(q.shape[0] * q_marks.shape[1] * q.shape[2], q)
-    over_tokens = _weights(
+    over_tokens = weights_of(
         from_marks * scale, heads_k, mixes.before_keys, _over_rows(kept)
     )
     gathered = [
-        _mix(mixes.after_keys, weights).to(v.dtype) @ values
+        mix_heads(mixes.after_keys, weights).to(v.dtype) @ values
         for weights, values in zip(
             _split(over_tokens, step, dim=3), _split(heads_v, step, dim=2), strict=True
         )
@@ -124,8 +172,10 @@ def attend(
     to_marks = to_marks * scale
 
     def read(queries: Tensor) -> Tensor:
-        weights = _weights(queries, to_marks, mixes.before_queries, _over_rows(marked))
-        read = _mix(mixes.after_queries, weights).to(v.dtype) @ summary
+        weights = weights_of(
+            queries, to_marks, mixes.before_queries, _over_rows(marked)
+        )
+        read = mix_heads(mixes.after_queries, weights).to(v.dtype) @ summary
         return read.transpose(1, 2)
 
     if step is None:
@@ -137,146 +187,96 @@ def attend(
     return out
 
 
-def find_landmarks(
-    q: Float[Tensor, "B N H K"],
-    k: Float[Tensor, "B N H K"],
-    grid: Grid,
-    cells: Grid,
-    kept: Bool[Tensor, "B N"] | None = None,
-) -> tuple[
-    Float[Tensor, "B L H K"], Float[Tensor, "B L H K"], Bool[Tensor, "B L"] | None
-]:
-    """Give the prefix tokens as they are, then the averages of the cells.
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor q_marks, Tensor k_marks, float scale, "
+    "Tensor? before_queries, Tensor? after_queries, Tensor? before_keys, "
+    "Tensor? after_keys, Tensor? kept, Tensor? marked"
+)
 
-    Args:
-        q: Queries: prefix tokens, then the tokens of the grid row by row.
-        k: Keys, in the same order.
-        grid: Rows and columns of tokens.
-        cells: Rows and columns of cells.
-        kept: True for tokens that count; the others leave the averages.
 
-    Returns:
-        Landmarks of the queries, of the keys, and which of them stand for a token
-        that counts (None for all).
+@torch.library.custom_op(
+    "manyheads::interactive", mutates_args=(), schema=f"({_INPUTS}) -> Tensor"
+)
+def interactive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_marks: Tensor,
+    k_marks: Tensor,
+    scale: float,
+    before_queries: Tensor | None,
+    after_queries: Tensor | None,
+    before_keys: Tensor | None,
+    after_keys: Tensor | None,
+    kept: Tensor | None,
+    marked: Tensor | None,
+) -> Tensor:
+    """Do what `attend` does as one operator; backward makes the maps again."""
+    mixes = Mixes(before_queries, after_queries, before_keys, after_keys)
+    rest = (q, k, v, q_marks, k_marks, scale, mixes, kept, marked)
+    if choose_form(q, q_marks.shape[1], mixes, masked=True) == "triton":
+        from manyheads.kernels import triton_interactive
+
+        return triton_interactive.forward(*rest)
+    # What the operator says of its strides must be true in every form.
+    with torch.no_grad():
+        return _attend(*rest).contiguous()
+
+
+@interactive.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+
+@torch.library.custom_op(
+    "manyheads::interactive_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_INPUTS}) -> Tensor[]",
+)
+def interactive_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_marks: Tensor,
+    k_marks: Tensor,
+    scale: float,
+    before_queries: Tensor | None,
+    after_queries: Tensor | None,
+    before_keys: Tensor | None,
+    after_keys: Tensor | None,
+    kept: Tensor | None,
+    marked: Tensor | None,
+) -> list[Tensor]:
+    """Give the gradients of the five projections, then of the mixes that are there.
+
+    See `manyheads.kernels.thin_maps.thin_gradients`.
     """
-    prefix = q.shape[1] - grid[0] * grid[1]
-    sides = _sides(grid, cells, q)
-    if kept is None:
-        means = [_means(x[:, prefix:].flatten(2), *sides) for x in (q, k)]
-        marked = None
-    else:
-        wide = torch.float64 if q.dtype is torch.float64 else torch.float32
-        sides = _sides(grid, cells, q.to(wide))
-        weight = kept[:, prefix:, None]
-        share = _means(weight.to(wide), *sides)
-        marked = torch.cat([kept[:, :prefix], share[..., 0] > 0], dim=1)
-        share = torch.where(share > 0, share, 1.0)
-        patches = [x[:, prefix:].flatten(2).masked_fill(~weight, 0.0) for x in (q, k)]
-        means = [(_means(x.to(wide), *sides) / share).to(q.dtype) for x in patches]
-    q_marks, k_marks = (
-        torch.cat([x[:, :prefix], mean.reshape(*mean.shape[:2], *x.shape[2:])], dim=1)
-        for x, mean in zip((q, k), means, strict=True)
-    )
-    return q_marks, k_marks, marked
+    mixes = Mixes(before_queries, after_queries, before_keys, after_keys)
+    return thin_gradients(grad, (q, k, v, q_marks, k_marks), scale, mixes, kept, marked)
 
 
-def cell_means(
-    x: Float[Tensor, "B T D"], grid: Grid, cells: Grid
-) -> Float[Tensor, "B L D"]:
-    """Average the tokens of a grid over cells that cover it, whatever the two sizes.
-
-    A token belongs to a cell if their shares of the side overlap, so cells of a side
-    that does not divide evenly share their border tokens:
-
-        tokens  |  0  |  1  |  2  |  3  |  4  |      5 tokens on 3 cells: {0, 1},
-        cells   |    0    |    1    |    2    |      {1, 2, 3}, {3, 4}
-
-    which is what adaptive average pooling does, written as products with matrices
-    made from the sizes: pooling operators freeze the size when exported.
-
-    Cost: O(columns T D) time; temporaries of the size of the cells' columns.
-
-    Args:
-        x: Tokens row by row, ``T = rows * columns`` of `grid`.
-        grid: Rows and columns of tokens.
-        cells: Rows and columns of cells.
-    """
-    return _means(x, *_sides(grid, cells, x))
+@interactive_backward.register_fake
+def _(grad: Tensor, *inputs: Any) -> list[Tensor]:
+    wanted = (*inputs[:5], *(mix for mix in inputs[6:10] if mix is not None))
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in wanted]
 
 
-def _means(
-    x: Float[Tensor, "B T D"],
-    of_rows: Float[Tensor, "I rows"],
-    of_columns: Float[Tensor, "J columns"],
-) -> Float[Tensor, "B L D"]:
-    """Average over columns, then over rows, given who belongs to which cell."""
-    B, _, D = x.shape
-    (I, rows), (J, columns) = of_rows.shape, of_columns.shape
-    # Columns first: a packed projection is then read in place, one row at a time.
-    x = torch.bmm(
-        of_columns.expand(B * rows, -1, -1), x.reshape(B * rows, columns, D)
-    ) / of_columns.sum(dim=1, keepdim=True)
-    x = torch.bmm(of_rows.expand(B, -1, -1), x.reshape(B, rows, J * D)) / of_rows.sum(
-        dim=1, keepdim=True
-    )
-    return x.reshape(B, I * J, D)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.scale = inputs[5]
+    ctx.save_for_backward(*inputs[:5], *inputs[6:])
 
 
-def _sides(grid: Grid, cells: Grid, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Say which rows and which columns of tokens belong to those of the cells."""
-    rows, columns = (
-        _membership(tokens, count, like)
-        for tokens, count in zip(grid, cells, strict=True)
-    )
-    return rows, columns
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    found = interactive_backward(grad, *saved[:5], ctx.scale, *saved[5:])
+    left = iter(found[5:])
+    mixes = (None if mix is None else next(left) for mix in saved[5:9])
+    return (*found[:5], None, *mixes, None, None)
 
 
-def _membership(tokens: int, cells: int, like: Tensor) -> Tensor:
-    """Say which tokens of a side each cell overlaps, 1 or 0: [cells, tokens]."""
-    cell = torch.arange(cells, device=like.device)[:, None]
-    token = torch.arange(tokens, device=like.device)[None]
-    starts_before_end = token * cells < (cell + 1) * tokens
-    ends_after_start = (token + 1) * cells > cell * tokens
-    return (starts_before_end & ends_after_start).to(like.dtype)
-
-
-def _weights(
-    rows: Float[Tensor, "B H I K"],
-    columns: Float[Tensor, "B H J K"],
-    before: Tensor | None,
-    kept: Bool[Tensor, "B 1 1 J"] | None,
-) -> Float[Tensor, "B H I J"]:
-    """Softmax over columns; a row without any is zero.
-
-    Half types leave here as float32, so that mixing heads rounds nothing.
-    """
-    scores = rows @ columns.mT
-    if scores.dtype in (torch.float16, torch.bfloat16):
-        scores = scores.float()
-    scores = _mix(before, scores)
-    if kept is None:
-        return _softmax(scores)
-    scores = scores.masked_fill(~kept, torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1).masked_fill(~kept, 0.0)
-
-
-def _softmax(scores: Float[Tensor, "B H I J"]) -> Float[Tensor, "B H I J"]:
-    """Take the softmax in place where nobody needs the scores again."""
-    free = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if free and scores.device.type == "cpu":
-        return torch.softmax(scores, dim=-1, out=scores)
-    return scores.softmax(dim=-1)
-
-
-def _mix(
-    matrix: Float[Tensor, "H H"] | None, x: Float[Tensor, "B H I J"]
-) -> Float[Tensor, "B H I J"]:
-    """Make every head a weighted sum of all heads, entry by entry."""
-    if matrix is None:
-        return x
-    B, H, I, J = x.shape
-    wide = matrix.to(x.dtype).expand(B, H, H)
-    return torch.bmm(wide, x.reshape(B, H, I * J)).reshape(B, H, I, J)
+interactive.register_autograd(_backward, setup_context=_setup_context)
+register_autocast("interactive", projected=5)
 
 
 def _split(x: Tensor, step: int | None, *, dim: int) -> tuple[Tensor, ...]:
@@ -288,3 +288,25 @@ def _split(x: Tensor, step: int | None, *, dim: int) -> tuple[Tensor, ...]:
 
 def _over_rows(kept: Bool[Tensor, "B J"] | None) -> Bool[Tensor, "B 1 1 J"] | None:
     return None if kept is None else kept[:, None, None]
+
+
+def _work(q: Any, marks: Any, mixes: Any) -> tuple[int, int]:
+    """Count multiply-adds of the products, and of the mixes."""
+    B, N, H, K = q
+    pairs = int(B) * int(N) * int(marks[1]) * int(H)
+    return 4 * pairs * int(K), pairs * int(H) * sum(mix is not None for mix in mixes)
+
+
+@register_flop_formula([torch.ops.manyheads.interactive])
+def _flops(q: Any, k: Any, v: Any, q_marks: Any, *rest: Any, **_: Any) -> int:
+    """Two products make the maps and two apply them, as in the plain form."""
+    return 2 * sum(_work(q, q_marks, rest[2:6]))
+
+
+@register_flop_formula([torch.ops.manyheads.interactive_backward])
+def _backward_flops(
+    grad: Any, q: Any, k: Any, v: Any, q_marks: Any, *rest: Any, **_: Any
+) -> int:
+    """The maps again, two products for each of the four, three for each mix."""
+    products, mixes = _work(q, q_marks, rest[2:6])
+    return 2 * (products * 5 // 2 + 3 * mixes)

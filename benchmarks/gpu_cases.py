@@ -1,0 +1,195 @@
+"""What a borrowed GPU is asked, the most important first; sizes that fill the chip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.kinds import Case, CoreCase, Entry, LayerCase, ModelCase
+from benchmarks.targets import Target
+from manyheads import Hallucinated, Hydra, Interactive, Recipe, Swap
+from manyheads.kernels.hallucinated import Form
+
+__all__ = ["BOTH", "FORWARD", "GPU_PIECES", "GPU_SMOKE", "WIDE_FORMS", "Piece"]
+
+FORWARD, BOTH = "Hydra(), forward", "Hydra(), forward and backward"
+# The ways of `manyheads.kernels.hallucinated.attend` that run on CUDA.
+WIDE_FORMS: tuple[Form, ...] = ("fused", "padded", "calls", "triton", "flex")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One process of a run, with the seconds it may take.
+
+    Attributes:
+        case: What is measured.
+        how: "hydra" and "wide" are measured here, on replayed graphs; "cases" as every
+            other benchmark is.
+        limit_s: Seconds after which the process is ended.
+        gate: Test files that must be green.
+    """
+
+    case: Case
+    how: Literal["hydra", "wide", "cases"]
+    limit_s: float
+    gate: tuple[str, ...]
+
+
+def _target(name: str, form: str, at_least: float) -> Target:
+    return Target(
+        name=name,
+        says=f"copy rate of {form} from N = 4,096 up",
+        rows={"form": form, "num_tokens": (4096, 8160, 65536)},
+        column="share_of_copy_rate.median",
+        at_least=at_least,
+    )
+
+
+_HYDRA_GATE = ("test_triton_hydra",)
+_MODEL_GATE = ("test_triton_hydra", "test_triton_interactive", "test_gpu")
+_SPECS = (Hydra(), Interactive(), Interactive(mix="both"), Hallucinated())
+_BASE = Entry(label="softmax")
+_SWAPPED = tuple(
+    Entry(label=repr(spec), recipe=Recipe(Swap(attention=spec))) for spec in _SPECS
+)
+
+
+def _core(name: str, tokens: tuple[int, ...], batch: int, **more: object) -> CoreCase:
+    fields = {
+        "name": name,
+        "gate": (),
+        "specs": (Hydra(),),
+        "dim": 768,
+        "num_heads": 12,
+        "num_tokens": tokens,
+        "batch_size": batch,
+        "dtype": "bfloat16",
+        "budget_s": 40.0,
+    }
+    return CoreCase(**(fields | more))  # type: ignore[arg-type]
+
+
+def _blocks(
+    name: str, grids: tuple[tuple[int, int], ...], *, compiled: bool
+) -> LayerCase:
+    return LayerCase(
+        name=name,
+        gate=(),
+        architecture="deit_base_patch16_224",
+        entries=(_BASE, *_SWAPPED),
+        part="block",
+        grids=grids,
+        batch_sizes=(8,),
+        dtype="bfloat16",
+        compiled=compiled,
+        budget_s=20.0,
+    )
+
+
+def _deit(name: str, *, compiled: bool) -> ModelCase:
+    return ModelCase(
+        name=name,
+        gate=(),
+        architecture="deit_base_patch16_224",
+        entries=(_BASE, *_SWAPPED[:2]),
+        inputs=((1080, 1920, 1),),
+        dtype="bfloat16",
+        compiled=compiled,
+        budget_s=20.0,
+        targets=(
+            Target(
+                name="speedup_1080p",
+                says="softmax over Hydra in time at 1080x1920",
+                rows={"name": "Hydra()", "image_size": "1080x1920"},
+                column="speedup.median",
+                at_least=1.5,
+            ),
+        )
+        if compiled
+        else (),
+    )
+
+
+_HYDRA_TARGETS = (_target("forward", FORWARD, 0.85), _target("both", BOTH, 0.75))
+
+GPU_PIECES: tuple[Piece, ...] = (
+    Piece(
+        case=_core(
+            "gpu_hydra_core_d768",
+            (1024, 4096, 8160, 65536),
+            16,
+            targets=_HYDRA_TARGETS,
+        ),
+        how="hydra",
+        limit_s=75,
+        gate=_HYDRA_GATE,
+    ),
+    Piece(
+        case=_deit("gpu_deit_base_compiled", compiled=True),
+        how="cases",
+        limit_s=150,
+        gate=_MODEL_GATE,
+    ),
+    Piece(
+        case=_blocks(
+            "gpu_blocks_d768",
+            ((14, 14), (28, 28), (56, 56), (68, 120)),
+            compiled=False,
+        ),
+        how="cases",
+        limit_s=75,
+        gate=_MODEL_GATE,
+    ),
+    Piece(
+        case=_core("gpu_wide_values_d768", (197, 1024, 4096, 8160), 8, specs=()),
+        how="wide",
+        limit_s=100,
+        gate=("test_triton_attention", "test_gpu"),
+    ),
+    Piece(
+        case=_deit("gpu_deit_base_memory", compiled=False),
+        how="cases",
+        limit_s=90,
+        gate=_MODEL_GATE,
+    ),
+    Piece(
+        case=_blocks("gpu_blocks_d768_compiled", ((68, 120),), compiled=True),
+        how="cases",
+        limit_s=120,
+        gate=_MODEL_GATE,
+    ),
+)
+
+_QUICK = {"dim": 48, "num_heads": 4, "rounds": 2, "budget_s": 1.0, "dtype": "float32"}
+
+# The same way through the program where nothing is fast: no number means anything.
+GPU_SMOKE: tuple[Piece, ...] = (
+    Piece(
+        case=_core("gpu_smoke_hydra", (17,), 1, targets=_HYDRA_TARGETS, **_QUICK),
+        how="hydra",
+        limit_s=60,
+        gate=_HYDRA_GATE,
+    ),
+    Piece(
+        case=_core("gpu_smoke_wide", (17,), 1, specs=(), **_QUICK),
+        how="wide",
+        limit_s=60,
+        gate=("test_gpu",),
+    ),
+    Piece(
+        case=LayerCase(
+            name="gpu_smoke_block",
+            gate=(),
+            architecture="deit_tiny_patch16_224",
+            entries=(_BASE, _SWAPPED[0]),
+            part="block",
+            grids=((2, 3),),
+            batch_sizes=(1,),
+            rounds=2,
+            budget_s=1.0,
+        ),
+        how="cases",
+        limit_s=60,
+        gate=("test_gpu",),
+    ),
+)
