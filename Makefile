@@ -2,16 +2,17 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
+OLDEST := .venv-oldest
 STAMP := $(VENV)/.installed
 RUN := . $(VENV)/bin/activate &&
 WHEEL := build/wheel
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs wheel smoke unit bench bench-all clean
+.PHONY: help demo test lint docs wheel smoke unit test-oldest bench bench-all clean
 
 help:  ## Show these lines
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
 # Threads that wait by spinning slow small models down eightfold on a shared machine.
 demo: $(STAMP)  ## The main job end to end on handwritten digits; writes runs/demo
@@ -44,6 +45,10 @@ smoke: $(STAMP)  ## Run every benchmark case once, tiny; check the generated tab
 unit: $(STAMP)  ## The tests alone
 	$(RUN) OMP_NUM_THREADS=1 pytest -n 2
 
+# The linters are of one version only, so what needs them stays out.
+test-oldest: $(OLDEST)/.installed  ## The tests with the oldest versions declared, in .venv-oldest
+	. $(OLDEST)/bin/activate && OMP_NUM_THREADS=1 pytest -n 2 --ignore tests/test_architecture.py
+
 bench: $(STAMP)  ## Measure the quick set and record it in benchmarks/results; ten minutes
 	$(RUN) python -m benchmarks.run
 
@@ -51,11 +56,17 @@ bench-all: $(STAMP)  ## Measure every case that is not recorded at this commit y
 	$(RUN) python -m benchmarks.run --all --resume
 
 clean:  ## Remove what was built, and .venv; recorded results stay
-	rm -rf $(VENV) build dist site runs .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) build dist site runs .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'manyheads needs Python 3.11 or later')"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --quiet --upgrade -c constraints.txt pip
 	$(RUN) pip install -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	. $(OLDEST)/bin/activate && pip install --quiet --upgrade -c constraints.txt pip
+	. $(OLDEST)/bin/activate && pip install -c constraints-oldest.txt -e ".[test]"
 	touch $@

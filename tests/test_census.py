@@ -32,7 +32,7 @@ ELSEWHERE = {
 def test_a_family_answers_as_its_page_says(family: str) -> None:
     findings = list(census.walk(FAMILIES[family]))
     for name, finding in findings:
-        for path in finding.paths:
+        for path in (*finding.paths, *finding.outputs):
             assert not ELSEWHERE & set(path.split(".")), f"{name}: {path}"
         assert "yes" in finding.answers or finding.reasons, name
     written = [row for row in census.table_on(PAGE) if row.startswith(f"| {family} |")]
@@ -85,7 +85,23 @@ def test_identity_holds_where_layers_sit_inside_a_convolutional_network() -> Non
         laws.identity_law(laws.randomise(timm.create_model(name)))
 
 
-# One model per family that is supported at all: the whole preview, costs included.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "crossvit_tiny_240",
+        "csatv2",
+        "mobilevit_xxs",
+        "naflexvit_base_patch16_gap",
+        "pit_ti_224",
+    ],
+)
+def test_landmarks_are_refused_where_rows_and_columns_are_not_known(name: str) -> None:
+    model = timm.create_model(name, device="meta")
+    with pytest.raises(SwapRefused, match="no rows and columns that are known"):
+        mh.preview(model, census.RECIPES["Interactive"])
+
+
+# The whole preview, costs included, of one model per kind of supported model.
 SUPPORTED = [
     "vit_tiny_patch16_224",
     "deit_tiny_distilled_patch16_224",
@@ -113,6 +129,13 @@ def test_a_preview_shows_the_blocks_or_says_why_not(name: str, mechanism: str) -
     assert {row.path for row in shown.rows} <= {
         path.rpartition(".")[0] for path in finding.paths
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mechanism", census.RECIPES)
+@pytest.mark.parametrize("name", census.examples_on(PAGE))
+def test_every_line_that_says_yes_can_be_previewed(name: str, mechanism: str) -> None:
+    test_a_preview_shows_the_blocks_or_says_why_not(name, mechanism)
 
 
 def test_a_preview_reports_what_is_left_alone_by_rule() -> None:

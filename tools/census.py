@@ -37,14 +37,16 @@ class Finding:
     """What one model answers.
 
     Attributes:
-        paths: Places that would be swapped; empty for a refused model.
+        paths: Attention layers that would be swapped; empty for a refused model.
         answers: "yes" or "no" per recipe.
         reasons: Every "no" in words, and what is left alone by rule.
+        outputs: Output matrices of feed-forward layers that would be swapped.
     """
 
     paths: tuple[str, ...]
     answers: tuple[str, ...]
     reasons: tuple[str, ...]
+    outputs: tuple[str, ...] = ()
 
 
 def families() -> dict[str, list[str]]:
@@ -78,7 +80,8 @@ def examine(model: nn.Module) -> Finding:
     left_alone = sorted({w.rpartition(" at ")[0] for w in host.left_alone(model)})
     reasons += [f"left alone, linear already: {layer}" for layer in left_alone]
     paths = tuple(site.attention_path for site in sites)
-    return Finding(paths, tuple(answers), tuple(reasons))
+    outputs = tuple(site.ffn_path for site in sites if site.ffn_path)
+    return Finding(paths, tuple(answers), tuple(reasons), outputs)
 
 
 def rows_of(family: str, findings: Iterable[tuple[str, Finding]]) -> list[str]:
@@ -103,6 +106,12 @@ def table_on(page: str) -> list[str]:
     """Read the generated lines out of the page."""
     table = page.partition(_START)[2].partition(_END)[0]
     return [line for line in table.splitlines() if line.startswith("|")]
+
+
+def examples_on(page: str) -> list[str]:
+    """Name the example of every line that says yes to some recipe."""
+    cells = [[cell.strip() for cell in row.split("|")] for row in table_on(page)]
+    return [row[3].strip("`") for row in cells if "yes" in row[4:-2]]
 
 
 def main(chosen: list[str]) -> None:

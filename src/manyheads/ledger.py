@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,12 @@ from manyheads.attention import CoreCost
 from manyheads.errors import CostError
 from manyheads.ffn import Pointwise
 from manyheads.geometry import Geometry, Grid
-from manyheads.hosts import Host, Site, mechanism_of, token_count
+from manyheads.hosts import Host, RealHeads, Site, mechanism_of, token_count
 from manyheads.surgery import blank_copy
 
 __all__ = ["BlockCost", "Ledger", "keep_books"]
+
+_LINEAR = (*get_args(Pointwise), RealHeads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +160,7 @@ class _Walk:
         self.model, self.sites = model, sites
         self.normalisation = 0
         self.linear: dict[str, int] = dict.fromkeys(
-            (name for name, m in model.named_modules() if isinstance(m, Pointwise)), 0
+            (name for name, m in model.named_modules() if isinstance(m, _LINEAR)), 0
         )
         self.tokens: dict[str, tuple[int, int]] = {}
         self.keys: dict[str, int] = {}
@@ -170,7 +172,7 @@ class _Walk:
             work = _work_per_element(module)
             if work:
                 self._hook(module, self._note_norm(work))
-            if isinstance(module, Pointwise):
+            if isinstance(module, _LINEAR):
                 self._hook(module, self._note_linear(name))
             if isinstance(module, nn.MultiheadAttention):
                 self._hook(module, self._note_packed(name))
@@ -244,8 +246,11 @@ class _Walk:
         return note
 
     def _note_linear(self, name: str) -> Callable[..., None]:
-        def note(module: Pointwise, __: Any, output: Tensor) -> None:
-            places = output.numel() // module.weight.shape[0]
+        def note(module: Any, __: Any, output: Tensor) -> None:
+            # What real heads put out is padded to the width of all heads.
+            padded = isinstance(module, RealHeads)
+            width = module.out_features if padded else module.weight.shape[0]
+            places = output.numel() // width
             self.linear[name] += places * module.weight.numel()
 
         return note

@@ -20,6 +20,7 @@ from manyheads.errors import SwapRefused
 from manyheads.hosts import Site, find_host, mechanism_of
 from tests.helpers import assert_close
 
+Size = tuple[int, int]
 # Tiny grids hold few landmarks.
 _OPTIONS: dict[str, dict[str, Any]] = {"Interactive": {"landmarks": (2, 2)}}
 SPECS: tuple[AttentionSpec, ...] = tuple(
@@ -40,10 +41,15 @@ def randomise(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def pictures(model: nn.Module, size: tuple[int, int] | None = None) -> Tensor:
+def pictures(model: nn.Module, size: Size | None = None) -> Tensor:
     host, _ = find_host(model)
     wanted = host.image_input(model)
     return torch.randn(2, wanted.channels, *(size or wanted.size))
+
+
+def resize(model: nn.Module, size: Size) -> None:
+    host, _ = find_host(model)
+    assert host.resize(model, size) == size, "choose sizes of whole patches"
 
 
 def answer(model: nn.Module, images: Tensor) -> Tensor:
@@ -52,8 +58,8 @@ def answer(model: nn.Module, images: Tensor) -> Tensor:
         return host.output(host.feed(model, images))
 
 
-def identity_law(model: nn.Module) -> None:
-    images = pictures(model)
+def identity_law(model: nn.Module, size: Size | None = None) -> None:
+    images = pictures(model, size)
     before = answer(model, images)
     assert before.abs().max() > 1e-3, "the model says nothing, so nothing is tested"
     after = answer(mh.convert(model, everywhere(mh.Softmax())), images)
@@ -64,7 +70,11 @@ def identity_law(model: nn.Module) -> None:
 def refused(model: nn.Module, spec: AttentionSpec) -> bool:
     """Say whether the mechanism cannot serve this model; then it must say so."""
     _, sites = find_host(model)
-    named = [site.attention_path for site in sites if _refuses(site, spec)]
+    named = [
+        site.attention_path
+        for site in sites
+        if not site.fixed and not spec.exempt(site.geometry) and _refuses(site, spec)
+    ]
     if not named:
         return False
     with pytest.raises(SwapRefused, match=re.escape(named[0])):
@@ -74,12 +84,16 @@ def refused(model: nn.Module, spec: AttentionSpec) -> bool:
 
 def _refuses(site: Site, spec: AttentionSpec) -> bool:
     fewer = spec.num_query_heads(site.geometry) < site.geometry.num_heads
-    return bool(spec.problem(site.geometry) or (fewer and site.fixed_query_heads))
+    reduced = site.geometry.reduced_keys is not None and not spec.takes_reduced_keys
+    refused = spec.problem(site.geometry) or (fewer and site.fixed_query_heads)
+    return bool(refused or reduced)
 
 
-def mechanism_law(model: nn.Module, spec: AttentionSpec) -> nn.Module:
+def mechanism_law(
+    model: nn.Module, spec: AttentionSpec, size: Size | None = None
+) -> nn.Module:
     """Twin and map: what runs inside the real model equals its slow form."""
-    student = _converted(model, spec)
+    student = randomise(_converted(model, spec))
     met: list[tuple[Mechanism, tuple[Any, ...], Tensor]] = []
 
     def note(module: Mechanism, args: tuple[Any, ...], out: Tensor) -> None:
@@ -88,7 +102,7 @@ def mechanism_law(model: nn.Module, spec: AttentionSpec) -> nn.Module:
     cores = [m for m in student.modules() if isinstance(m, Mechanism)]
     for core in cores:
         core.register_forward_hook(note)
-    result = answer(student, pictures(student))
+    result = answer(student, pictures(student, size))
     assert result.isfinite().all()
     assert len(met) >= len(cores) > 0
     for core, (q, k, v, *rest), out in met:
@@ -96,10 +110,12 @@ def mechanism_law(model: nn.Module, spec: AttentionSpec) -> nn.Module:
     return student
 
 
-def untouched_law(model: nn.Module, spec: AttentionSpec) -> None:
+def untouched_law(
+    model: nn.Module, spec: AttentionSpec, size: Size | None = None
+) -> None:
     before = copy.deepcopy(model.state_dict())
     kinds = [type(module) for module in model.modules()]
-    images = pictures(model)
+    images = pictures(model, size)
     said = answer(model, images)
     _converted(model, spec)
     after = model.state_dict()
@@ -109,29 +125,28 @@ def untouched_law(model: nn.Module, spec: AttentionSpec) -> None:
     assert torch.equal(answer(model, images), said)
 
 
-def cost_law(model: nn.Module, spec: AttentionSpec) -> None:
-    """The closed forms are no more than what torch counts, and parameters exact."""
-    plain = mh.cost(model)
-    student = _converted(model, spec)
-    swapped = mh.cost(student)
-    assert plain.ledger.rest == swapped.ledger.rest >= 0
-    assert swapped.num_parameters == sum(p.numel() for p in student.parameters())
-    for block in swapped.blocks:
-        assert block.projections > 0
-        assert block.attention_matrices > 0
+def cost_law(model: nn.Module, *specs: AttentionSpec, size: Size | None = None) -> None:
+    """What torch counts less the closed forms is the rest, which no swap changes."""
+    plain = mh.cost(model, image_size=size)
+    _, sites = find_host(model)
+    for spec in specs:
+        student = _converted(model, spec)
+        swapped = mh.cost(student, image_size=size)
+        assert plain.ledger.rest == swapped.ledger.rest >= 0
+        assert swapped.num_parameters == sum(p.numel() for p in student.parameters())
+        for site, block in zip(sites, swapped.blocks, strict=True):
+            assert block.projections > 0 or site.fixed
+            assert block.attention_matrices > 0 or site.fixed
 
 
 def resolution_law(
-    model: nn.Module, spec: AttentionSpec, size: tuple[int, int]
+    model: nn.Module, spec: AttentionSpec, size: Size, resized: nn.Module
 ) -> None:
+    """A student that is resized says what the student of the resized teacher says."""
     student = _converted(model, spec)
-    host, _ = find_host(student)
-    native = answer(student, pictures(student))
-    fed = host.resize(student, size)
-    assert fed == size, "choose sizes of whole patches for this law"
-    resized = answer(student, pictures(student, fed))
-    assert resized.isfinite().all()
-    assert resized.shape[-1] == native.shape[-1]
+    resize(student, size)
+    images = pictures(student, size)
+    assert_close(answer(student, images), answer(_converted(resized, spec), images))
     assert mh.cost(student, image_size=size).ledger.fed_size == size
 
 

@@ -23,21 +23,7 @@ from tests.hosts.hf_models import FAMILIES
 transformers = pytest.importorskip("transformers")
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
-EACH_MECHANISM = pytest.mark.parametrize("spec", laws.SPECS, ids=repr)
 HYDRA = laws.everywhere(mh.Hydra())
-
-
-@EACH_FAMILY
-def test_identity_swap_leaves_the_answer(family: str) -> None:
-    laws.identity_law(FAMILIES[family]())
-
-
-@EACH_MECHANISM
-@EACH_FAMILY
-def test_mechanisms_equal_their_slow_form(family: str, spec: AttentionSpec) -> None:
-    model = FAMILIES[family]()
-    if not laws.refused(model, spec):
-        laws.mechanism_law(model, spec)
 
 
 @EACH_FAMILY
@@ -46,11 +32,6 @@ def test_the_teacher_stays_untouched(family: str) -> None:
     was = str(model.config), model.config._attn_implementation
     laws.untouched_law(model, mh.Hydra())
     assert (str(model.config), model.config._attn_implementation) == was
-
-
-@EACH_FAMILY
-def test_cost_closes(family: str) -> None:
-    laws.cost_law(FAMILIES[family](), mh.Hydra())
 
 
 @EACH_FAMILY
@@ -64,19 +45,6 @@ def test_blocks_cost_what_the_formula_says(family: str) -> None:
         assert block.feed_forward >= matrices * N * 32 * 64 or "dinov2" in family
 
 
-@pytest.mark.parametrize("size", [(48, 48), (24, 40)], ids=str)
-@EACH_FAMILY
-def test_other_sizes_run(family: str, size: tuple[int, int]) -> None:
-    if family == "mae-pretraining":
-        pytest.skip("its decoder's positions are fixed by the library")
-    laws.resolution_law(FAMILIES[family](), mh.Hydra(), size)
-
-
-@EACH_FAMILY
-def test_compact_takes_the_output_matrix(family: str) -> None:
-    laws.compact_law(FAMILIES[family]())
-
-
 @EACH_FAMILY
 def test_a_checkpoint_comes_back(family: str, tmp_path: Path) -> None:
     recipe = mh.Recipe(
@@ -85,8 +53,9 @@ def test_a_checkpoint_comes_back(family: str, tmp_path: Path) -> None:
     laws.round_trip_law(FAMILIES[family](), recipe, tmp_path / "student")
 
 
-def test_a_resized_model_comes_back_at_any_size(tmp_path: Path) -> None:
-    model = FAMILIES["vit"]()
+@pytest.mark.parametrize("family", ["vit", "mae-pretraining"])
+def test_a_resized_model_comes_back_at_any_size(family: str, tmp_path: Path) -> None:
+    model = FAMILIES[family]()
     host, _ = find_host(model)
     host.resize(model, (24, 40))
     again = mh.load(mh.save(model, tmp_path / "model"))

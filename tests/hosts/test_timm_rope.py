@@ -15,7 +15,6 @@ import manyheads as mh
 from manyheads.attention import AttentionSpec
 from manyheads.errors import MaskRefused
 from manyheads.hosts import find_host
-from manyheads.hosts.timm_rope import TimmRopeAttention
 from tests.helpers import assert_close
 from tests.hosts import laws
 
@@ -43,7 +42,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_vit_412m": SMALL | {"img_size": 126},
 }
 EACH_FAMILY = pytest.mark.parametrize("name", FAMILIES)
-EACH_MECHANISM = pytest.mark.parametrize("spec", laws.SPECS, ids=repr)
 
 
 def build(name: str, **changes: Any) -> nn.Module:
@@ -52,44 +50,11 @@ def build(name: str, **changes: Any) -> nn.Module:
 
 
 @EACH_FAMILY
-def test_identity_swap_leaves_logits(name: str) -> None:
-    laws.identity_law(build(name))
-
-
-@EACH_MECHANISM
-@EACH_FAMILY
-def test_mechanisms_equal_their_slow_form(name: str, spec: AttentionSpec) -> None:
-    if laws.refused(build(name), spec):
-        return
-    student = laws.mechanism_law(build(name), spec)
-    assert sum(isinstance(m, TimmRopeAttention) for m in student.modules()) == 2
-
-
-@EACH_FAMILY
-def test_the_teacher_stays_untouched(name: str) -> None:
-    laws.untouched_law(build(name), mh.Hydra())
-
-
-@EACH_FAMILY
-def test_cost_closes(name: str) -> None:
-    model = build(name)
-    laws.cost_law(model, mh.Hydra())
+def test_blocks_cost_what_the_formula_says(name: str) -> None:
     if "sapiens2" in name:
         return  # grouped keys cost less
-    for block in mh.cost(model).blocks:
+    for block in mh.cost(build(name)).blocks:
         assert block.projections == 4 * block.num_tokens * 96 * 96
-
-
-@EACH_FAMILY
-def test_other_sizes_run(name: str) -> None:
-    patch = 14 if "patch14" in name or "deepseek" in name else 16
-    for size in ((6 * patch, 6 * patch), (2 * patch, 4 * patch)):
-        laws.resolution_law(build(name), mh.Hydra(), size)
-
-
-@EACH_FAMILY
-def test_compact_takes_the_output_matrix(name: str) -> None:
-    laws.compact_law(build(name))
 
 
 @pytest.mark.parametrize("name", list(FAMILIES)[:4])

@@ -56,26 +56,6 @@ def test_identity_law_with_a_representation_layer() -> None:
     laws.identity_law(tiny(representation_size=24))
 
 
-@EACH_MECHANISM
-def test_mechanisms_equal_their_slow_form(spec: AttentionSpec) -> None:
-    laws.mechanism_law(tiny(), spec)
-
-
-@EACH_MECHANISM
-def test_the_teacher_stays_untouched(spec: AttentionSpec) -> None:
-    laws.untouched_law(tiny(), spec)
-
-
-@EACH_MECHANISM
-def test_cost_closes(spec: AttentionSpec) -> None:
-    laws.cost_law(tiny(), spec)
-
-
-@EACH_MECHANISM
-def test_a_larger_square_runs(spec: AttentionSpec) -> None:
-    laws.resolution_law(tiny(), spec, (48, 48))
-
-
 def test_an_oblong_image_is_refused_with_a_size_that_works() -> None:
     model = tiny()
     host, _ = find_host(model)

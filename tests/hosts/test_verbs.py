@@ -171,6 +171,42 @@ def test_images_say_where_new_parts_start(name: str) -> None:
     assert errors[0] < errors[1]
 
 
+@torch.no_grad()
+def loud(model: nn.Module) -> nn.Module:
+    """Scale matrices up, so that blocks do something and scores differ."""
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.mul_(4)
+    return model
+
+
+STUDENTS = {
+    "interactive": mh.Recipe(mh.Swap(attention=mh.Interactive(landmarks=(2, 2)))),
+    "hallucinated-compact": mh.Recipe(
+        mh.Swap(attention=mh.Hallucinated(), ffn=mh.Compact(rank=8, branches=2))
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", STUDENTS.values(), ids=STUDENTS)
+@pytest.mark.parametrize("name", ["timm", *SCORES])
+def test_every_mechanism_heals_and_comes_back(
+    name: str, recipe: mh.Recipe, tmp_path: Path
+) -> None:
+    teacher = loud(tiny_vit() if name == "timm" else SCORES[name]())
+    student = mh.convert(teacher, recipe)
+    slower = QUICK | {"block_learning_rate": 1e-3, "learning_rate": 1e-3}
+    healed = mh.heal(student, teacher, photographs(), **slower)
+    assert healed.divergence is not None
+    assert healed.divergence[1] < healed.divergence[0]
+    blocks = healed.stages[0].losses
+    assert blocks[-1] < blocks[0]
+    again = mh.load(mh.save(student, tmp_path / "student"))
+    images = photographs(4)
+    expected = laws.answer(student.eval(), images)
+    assert torch.equal(laws.answer(again.eval(), images), expected)
+
+
 @pytest.mark.parametrize("name", ["transformers-vit-scores", "torchvision-scores"])
 def test_a_healed_student_saves_and_loads(name: str, tmp_path: Path) -> None:
     teacher = MODELS[name]()

@@ -15,6 +15,7 @@ from manyheads.hosts.base import (
     token_count,
 )
 from manyheads.hosts.by_path import ByPath
+from manyheads.hosts.heads import RealHeads
 from manyheads.hosts.hf_vit import HuggingFaceViT
 from manyheads.hosts.own import OwnBackbone
 from manyheads.hosts.timm_nextvit import TimmNextViT
@@ -27,6 +28,7 @@ __all__ = [
     "HOSTS",
     "Host",
     "ImageInput",
+    "RealHeads",
     "Site",
     "find_host",
     "host_named",

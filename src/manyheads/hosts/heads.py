@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from manyheads.attention import AttentionSpec, Mechanism
 from manyheads.geometry import Geometry
 
 __all__ = [
+    "RealHeads",
     "build_core",
     "first_rows",
     "head_index",
@@ -39,6 +42,45 @@ def first_rows(linear: nn.Linear, rows: Sequence[tuple[int, int]]) -> nn.Linear:
         kept = torch.cat([tensor.detach().narrow(0, *run) for run in rows])
         setattr(made, name, nn.Parameter(kept, requires_grad=tensor.requires_grad))
     return made.train(linear.training)
+
+
+class RealHeads(nn.Module):
+    """A projection of the first heads only, padded with zeros to all of them.
+
+    For libraries that cut what comes out by a number of heads of their own. The
+    padding passes their reshapes and rotations and is cut off before the mechanism.
+    Parameters have the names they have in the `nn.Linear` it stands for.
+
+    Args:
+        linear: The projection of all heads, or one of these; it is not changed.
+        kept: Output features of the real heads.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, linear: Any, kept: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.kept = kept
+        for name in ("weight", "bias"):
+            whole = getattr(linear, name)
+            part = None
+            if whole is not None:
+                part = nn.Parameter(
+                    whole.detach()[:kept].clone(), requires_grad=whole.requires_grad
+                )
+            self.register_parameter(name, part)
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project, and leave zeros where hallucinated heads would be."""
+        projected = F.linear(x, self.weight, self.bias)
+        return F.pad(projected, (0, self.out_features - self.kept))
+
+    def extra_repr(self) -> str:
+        """Show sizes as `nn.Linear` does, and how many outputs are real."""
+        return f"{self.in_features}, {self.out_features}, real={self.kept}"
 
 
 def head_index(order: Sequence[int], width: int, *, parts: int = 1) -> Tensor:

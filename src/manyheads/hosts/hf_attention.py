@@ -63,7 +63,10 @@ def manyheads_attention(
             why="ignoring the order of tokens would change the model in silence",
             fix="Convert the vision tower only.",
         )
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    # Heads beyond the real ones are padding, see RealHeads.
+    heads = core.spec.num_query_heads(core.geometry)
+    q, k = (x[:, :heads].transpose(1, 2) for x in (query, key))
+    v = value.transpose(1, 2)
     mask = _readable(attention_mask, core)
     grid = _grid(module)
     mixed = core(q, k, v, mask, grid)

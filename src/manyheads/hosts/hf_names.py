@@ -12,12 +12,14 @@ from torch import nn
 
 __all__ = [
     "MODELS",
+    "PROJECTIONS",
     "REASONS",
     "STATISTICS",
     "attention_of",
     "ffn_output_of",
     "first_of",
     "is_layer",
+    "output_of",
     "vision_root",
 ]
 
@@ -38,6 +40,9 @@ _LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "Siglip2EncoderLayer": (("self_attn",), _MLP),
     "CLIPEncoderLayer": (("self_attn",), _MLP),
 }
+
+# Projections of queries, keys and values: the name of version 5, and an older one.
+PROJECTIONS = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))
 
 # The only classes a checkpoint may name.
 MODELS = frozenset(
@@ -124,6 +129,18 @@ def attention_of(layer: nn.Module) -> tuple[str, str]:
     """Say where a block's attention is and where all of its projections are."""
     path = _first_path(layer, _LAYERS[type(layer).__name__][0]) or ""
     return path, path.partition(".")[0]
+
+
+def output_of(model: nn.Module, attention_path: str) -> nn.Linear:
+    """Find the matrix after attention: inside the layer, or beside it in version 4."""
+    attention = model.get_submodule(attention_path)
+    inside = first_of(attention, "o_proj", "out_proj")
+    if inside is None:
+        inside = model.get_submodule(
+            f"{attention_path.rpartition('.')[0]}.output.dense"
+        )
+    linear: nn.Linear = inside
+    return linear
 
 
 def ffn_output_of(layer: nn.Module) -> tuple[str, tuple[str, ...]] | None:

@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from manyheads.attention import AttentionSpec, Softmax
 from manyheads.errors import CheckpointError, ImageSizeError, ManyheadsError
 from manyheads.ffn import CompactLinear
-from manyheads.geometry import Geometry, Grid, fit_to_patches
+from manyheads.geometry import Geometry, fit_to_patches
 from manyheads.hosts import hf_attention
 from manyheads.hosts.base import Host, ImageInput, Site, TokenGrid, mechanism_of
-from manyheads.hosts.heads import build_core
+from manyheads.hosts.heads import (
+    RealHeads,
+    build_core,
+    head_index,
+    permute_inputs,
+    permute_outputs,
+)
+from manyheads.hosts.hf_images import (
+    feed_images,
+    interpolate,
+    is_interpolating,
+    native_grid,
+    native_size,
+    pair_of,
+    patch_convolution,
+    takes_any_size,
+)
 from manyheads.hosts.hf_names import (
     MODELS,
+    PROJECTIONS,
     REASONS,
     attention_of,
     ffn_output_of,
     first_of,
     is_layer,
+    output_of,
     vision_root,
 )
 from manyheads.hosts.hf_processor import PROCESSOR_FILE, input_of, processor_of
@@ -83,21 +99,39 @@ class HuggingFaceViT(Host):
     def swap_attention(
         self, model: nn.Module, site: Site, spec: AttentionSpec
     ) -> nn.Module:
-        """Give the library's attention module a mechanism and have it called."""
+        """Give the library's attention module a mechanism and have it called.
+
+        Where a mechanism takes fewer query heads, projections of queries and keys are
+        replaced by ones of the real heads.
+        """
         hf_attention.register()
         attention: Any = model.get_submodule(site.attention_path)
         like = first_of(attention, "q_proj", "query").weight
         attention.core = build_core(spec, site.geometry, like)
+        kept = spec.num_query_heads(site.geometry) * site.geometry.head_dim
+        for names in PROJECTIONS[:2]:
+            name = next(name for name in names if hasattr(attention, name))
+            projection = getattr(attention, name)
+            if len(projection.weight) > kept:
+                setattr(attention, name, RealHeads(projection, kept))
         # One configuration serves the whole tower, and no other.
         attention.config._attn_implementation = hf_attention.NAME
         return attention  # type: ignore[no-any-return]
+
+    def permute_heads(self, model: nn.Module, site: Site, order: Sequence[int]) -> None:
+        """Reorder rows of the three projections and columns of the output."""
+        attention = model.get_submodule(site.attention_path)
+        index = head_index(order, site.geometry.head_dim)
+        for names in PROJECTIONS:
+            permute_outputs(first_of(attention, *names), index)
+        permute_inputs(output_of(model, site.attention_path), index)
 
     def track_grid(self, model: nn.Module) -> None:
         """Hook the patch convolution where a mechanism asks for the grid."""
         layers: list[Any] = [m for m in model.modules() if mechanism_of(m) is not None]
         waiting = [m for m in layers if m.core.needs_grid]
         known = next((m.token_grid for m in layers if hasattr(m, "token_grid")), None)
-        convolution = _patch_convolution(vision_root(model)[1])
+        convolution = patch_convolution(vision_root(model)[1])
         if waiting and known is None and convolution is not None:
             known = TokenGrid()
             convolution.register_forward_hook(known.watch_map)
@@ -111,19 +145,7 @@ class HuggingFaceViT(Host):
         if root.config._attn_implementation == hf_attention.NAME:
             # A model that was pickled meets a process that never converted one.
             hf_attention.register()
-        runs = root if hasattr(model, "get_image_features") else model
-        embeddings = type(root.embeddings).__name__
-        if embeddings == "Siglip2VisionEmbeddings":
-            return _feed_patches(runs, images, root.config.patch_size)
-        if embeddings == "ViTMAEEmbeddings":
-            patch = _pair(root.config.patch_size)
-            count = (images.shape[-2] // patch[0]) * (images.shape[-1] // patch[1])
-            # The same patches for every image and every model: student and teacher.
-            chance = torch.rand(1, count, generator=torch.Generator().manual_seed(0))
-            noise = chance.to(images.device).expand(images.shape[0], -1)
-            return runs(images, noise=noise)
-        with _rotation_without_values(root, images):
-            return runs(images)
+        return feed_images(model, root, images)
 
     def output(self, result: Any) -> Tensor:
         """Give logits, an image embedding, feature maps or all tokens: the first of it.
@@ -153,30 +175,26 @@ class HuggingFaceViT(Host):
     def image_input(self, model: Any) -> ImageInput:
         """Read the image processor; without one, the family's usual statistics."""
         root = vision_root(model)[1]
-        return input_of(model, root, _native_size(root))
+        return input_of(model, root, native_size(root))
 
     def resize(self, model: Any, image_size: tuple[int, int]) -> tuple[int, int]:
         """Have the library resample its positions on the fly, at any whole grid.
 
         Families that need it are called with `interpolate_pos_encoding=True` from now
-        on, through a hook on their embeddings; no weight changes.
+        on, through a hook; no weight changes.
         """
         root = vision_root(model)[1]
-        actual = fit_to_patches(image_size, _pair(root.config.patch_size))
-        embeddings = root.embeddings
-        if actual == _native_size(root) or _is_interpolating(embeddings):
+        actual = fit_to_patches(image_size, pair_of(root.config.patch_size))
+        if actual == native_size(root) or takes_any_size(model, root):
             return actual
-        if not _takes_interpolation(embeddings):
-            if type(embeddings).__name__ in _ANY_SIZE:
-                return actual
-            height, width = _native_size(root)
+        if not interpolate(model, root):
+            height, width = native_size(root)
             raise ImageSizeError(
                 asked=f"image_size={image_size[0]}x{image_size[1]}",
                 found=f"{type(root).__name__} is built for {height}x{width}",
                 why="its embeddings cannot interpolate their positions",
                 fix=f"Use image_size=({height}, {width}).",
             )
-        embeddings.register_forward_pre_hook(_interpolate, with_kwargs=True)
         return actual
 
     def labels(self, model: Any) -> tuple[str, ...]:
@@ -210,7 +228,7 @@ class HuggingFaceViT(Host):
             "major": transformers.__version__.partition(".")[0],
             "config": {k: v for k, v in config.items() if k not in _DROPPED},
             "switches": {k: present[k] for k in _SWITCHES if k in parameters},
-            "interpolate": _is_interpolating(root.embeddings),
+            "interpolate": is_interpolating(model, root),
             "processor": processor_of(model),
         }
 
@@ -240,8 +258,7 @@ class HuggingFaceViT(Host):
         except Exception as error:
             raise _not_buildable(name, f"transformers refuses: {error}") from error
         if description.get("interpolate"):
-            embeddings = vision_root(model)[1].embeddings
-            embeddings.register_forward_pre_hook(_interpolate, with_kwargs=True)
+            interpolate(model, vision_root(model)[1])
         processor = description.get("processor")
         if processor is not None:
             model.manyheads_processor = processor
@@ -255,15 +272,6 @@ class HuggingFaceViT(Host):
 
 # Fields that lead to files or code, or that say nothing about the architecture.
 _DROPPED = frozenset({"_name_or_path", "auto_map", "architectures", "custom_pipelines"})
-# Embeddings that take any whole grid without being told.
-_ANY_SIZE = frozenset(
-    {
-        "Dinov2Embeddings",
-        "Dinov2WithRegistersEmbeddings",
-        "DINOv3ViTEmbeddings",
-        "Siglip2VisionEmbeddings",
-    }
-)
 
 
 def _site(root: Any, index: int, path: str, layer: nn.Module) -> Site:
@@ -282,7 +290,6 @@ def _site(root: Any, index: int, path: str, layer: nn.Module) -> Site:
         ffn=output.spec if isinstance(output, CompactLinear) else None,
         attention_parts=(f"{path}.{projections}",),
         ffn_parts=tuple(f"{path}.{part}" for part in ffn[1]) if ffn else (),
-        fixed_query_heads="transformers reshapes queries by the layer's own head count",
     )
 
 
@@ -295,7 +302,7 @@ def _geometry(root: Any, attention: Any) -> Geometry:
         num_heads=num_heads,
         head_dim=head_dim,
         num_prefix_tokens=_num_prefix_tokens(root.embeddings),
-        grid=_native_grid(root),
+        grid=native_grid(root),
         scale=first_of(attention, "scaling", "scale"),
         attention_dropout=first_of(
             attention, "attention_dropout", "dropout_prob", "dropout"
@@ -308,79 +315,6 @@ def _num_prefix_tokens(embeddings: Any) -> int:
     count = sum(getattr(embeddings, name, None) is not None for name in single)
     registers = getattr(embeddings, "register_tokens", None)
     return count + (registers.shape[1] if registers is not None else 0)
-
-
-def _native_size(root: Any) -> tuple[int, int]:
-    if hasattr(root.config, "image_size"):
-        return _pair(root.config.image_size)
-    # SigLIP 2 knows a number of patches; its positions are a square of that area.
-    side = root.config.patch_size * int(root.config.num_patches**0.5)
-    return side, side
-
-
-def _native_grid(root: Any) -> Grid | None:
-    """Give the grid, or None where blocks do not see all patches in their order."""
-    if _patch_convolution(root) is None or hasattr(root.config, "mask_ratio"):
-        return None
-    patch = _pair(root.config.patch_size)
-    height, width = _native_size(root)
-    return height // patch[0], width // patch[1]
-
-
-def _patch_convolution(root: Any) -> nn.Conv2d | None:
-    found = (m for m in root.embeddings.modules() if isinstance(m, nn.Conv2d))
-    return next(found, None)
-
-
-def _feed_patches(model: Any, images: Tensor, side: int) -> Any:
-    """Cut images into rows of patch values, as SigLIP 2's image processor does."""
-    B, C, height, width = images.shape
-    rows, columns = height // side, width // side
-    patches = images.reshape(B, C, rows, side, columns, side)
-    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-    return model(
-        patches,
-        pixel_attention_mask=None,
-        spatial_shapes=torch.tensor([[rows, columns]] * B),
-    )
-
-
-@contextmanager
-def _rotation_without_values(root: Any, images: Tensor) -> Iterator[None]:
-    """Count DINOv3 on the meta device, where version 4 cannot make its rotation."""
-    rotation = getattr(root, "rope_embeddings", None)
-    if rotation is None or images.device.type != "meta":
-        yield
-        return
-    patch = _pair(root.config.patch_size)
-    count = (images.shape[-2] // patch[0]) * (images.shape[-1] // patch[1])
-    waves = images.new_empty(count, rotation.head_dim)
-    rotation.forward = lambda _: (waves, waves)
-    try:
-        yield
-    finally:
-        del rotation.forward
-
-
-def _interpolate(
-    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook: have positions resampled to the image's grid."""
-    return args, kwargs | {"interpolate_pos_encoding": True}
-
-
-def _is_interpolating(embeddings: nn.Module) -> bool:
-    return _interpolate in embeddings._forward_pre_hooks.values()
-
-
-def _takes_interpolation(embeddings: nn.Module) -> bool:
-    return (
-        "interpolate_pos_encoding" in inspect.signature(embeddings.forward).parameters
-    )
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def _not_buildable(name: object, found: str) -> CheckpointError:

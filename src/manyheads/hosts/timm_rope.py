@@ -10,6 +10,7 @@ well defined and untested in the papers; expect healing to have more to do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,10 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.attention import AttentionSpec, Mechanism, Softmax
+from manyheads.errors import SwapRefused
 from manyheads.ffn import CompactLinear
 from manyheads.geometry import Geometry, fit_to_patches
 from manyheads.hosts.base import Host, ImageInput, Site, TokenGrid, mechanism_of
-from manyheads.hosts.heads import build_core, first_rows
+from manyheads.hosts.heads import (
+    build_core,
+    first_rows,
+    head_index,
+    permute_inputs,
+    permute_outputs,
+)
 from manyheads.hosts.timm_vit import TimmViT, _output_path, _trunk
 
 __all__ = ["TimmRope", "TimmRopeAttention"]
@@ -38,7 +46,8 @@ class TimmRopeAttention(nn.Module):
     """timm's rotary attention with another mechanism after the rotation.
 
     Everything keeps timm's names and its parameters themselves: one packed projection
-    or three, the separate query and value biases of EVA, grouped keys and values.
+    or three, the separate query and value biases of EVA, grouped keys and values. A
+    mechanism with fewer query heads keeps the groups of keys that these read.
 
     Args:
         source: An `EvaAttention`, an `AttentionRope` or one of these; its children
@@ -61,6 +70,8 @@ class TimmRopeAttention(nn.Module):
         self.num_prefix_tokens = source.num_prefix_tokens
         self.rotate_half = getattr(source, "rotate_half", False)
         self.query_heads = spec.num_query_heads(geometry)
+        # Query head h reads key head h // num_kv_groups, as in timm.
+        self.key_heads = -(-self.query_heads // self.num_kv_groups)
         self._take_projections(source)
         self.q_norm, self.k_norm = source.q_norm, source.k_norm
         self.proj, self.proj_drop = source.proj, source.proj_drop
@@ -86,7 +97,7 @@ class TimmRopeAttention(nn.Module):
         if rope is not None:
             q, k = self._rotated(q, rope, v), self._rotated(k, rope, v)
         if self.num_kv_groups > 1:
-            k = k.repeat_interleave(self.num_kv_groups, dim=1)
+            k = k.repeat_interleave(self.num_kv_groups, dim=1)[:, : self.query_heads]
             v = v.repeat_interleave(self.num_kv_groups, dim=1)
         mask = attn_mask
         if is_causal:
@@ -103,9 +114,9 @@ class TimmRopeAttention(nn.Module):
 
     def _take_projections(self, source: Any) -> None:
         """Keep the first heads of queries and keys, as many as the mechanism takes."""
-        query_dim, dim = (
-            self.query_heads * self.head_dim,
-            self.num_heads * self.head_dim,
+        query_dim, key_dim, dim = (
+            heads * self.head_dim
+            for heads in (self.query_heads, self.key_heads, self.num_heads)
         )
         qkv, q_proj, k_proj = source.qkv, source.q_proj, source.k_proj
         q_bias = getattr(source, "q_bias", None)
@@ -115,7 +126,7 @@ class TimmRopeAttention(nn.Module):
             qkv = first_rows(qkv, ((0, query_dim), (dim, query_dim), (2 * dim, dim)))
         elif q_proj is not None and q_proj.out_features > query_dim:
             q_proj = first_rows(q_proj, ((0, query_dim),))
-            k_proj = first_rows(k_proj, ((0, query_dim),))
+            k_proj = first_rows(k_proj, ((0, key_dim),))
         if q_bias is not None and k_bias is not None and len(q_bias) > query_dim:
             kept = q_bias.detach()[:query_dim].clone()
             q_bias = nn.Parameter(kept, requires_grad=q_bias.requires_grad)
@@ -191,6 +202,37 @@ class TimmRope(Host):
         source = model.get_submodule(site.attention_path)
         return TimmRopeAttention(source, site.geometry, spec)
 
+    def permute_heads(self, model: nn.Module, site: Site, order: Sequence[int]) -> None:
+        """Reorder rows of the projections with their biases, columns of the output.
+
+        Raises:
+            SwapRefused: Heads share keys, or each has a rotation of its own.
+        """
+        layer: Any = model.get_submodule(site.attention_path)
+        own_rotation = type(getattr(_encoder(model), "rope", None)).__name__
+        if _groups(layer) or own_rotation == "RotaryEmbeddingMixed":
+            shared = "heads share keys in groups"
+            raise SwapRefused(
+                asked=f"choosing the real heads of block {site.index} from images",
+                found=shared if _groups(layer) else "each head has its own rotation",
+                where=site.attention_path,
+                why="heads would part from the keys or the rotation they belong to",
+                fix="Convert without images: the first half of the heads is real then.",
+            )
+        index = head_index(order, site.geometry.head_dim)
+        if layer.qkv is not None:
+            triple = head_index(order, site.geometry.head_dim, parts=3)
+            permute_outputs(layer.qkv, triple)
+        for part in (layer.q_proj, layer.k_proj, layer.v_proj, layer.norm, layer.gate):
+            if part is not None:
+                permute_outputs(part, index)
+        for name in ("q_bias", "v_bias"):
+            bias = getattr(layer, name, None)
+            if bias is not None:
+                with torch.no_grad():
+                    bias.copy_(bias[index.to(bias.device)].clone())
+        permute_inputs(layer.proj, index)
+
     def track_grid(self, model: Any) -> None:
         """Hook the patch embedding where a mechanism asks for the grid."""
         layers = [m for m in model.modules() if isinstance(m, TimmRopeAttention)]
@@ -255,7 +297,6 @@ def _site(model: nn.Module, index: int, path: str, attention: nn.Module) -> Site
         geometry=core.geometry if core else _geometry(model, attention),
         attention=core.spec if core else Softmax(),
         ffn=output.spec if isinstance(output, CompactLinear) else None,
-        fixed_query_heads="grouped keys are taken whole" if _groups(attention) else "",
     )
 
 
