@@ -31,7 +31,14 @@ SWAPS = {
     "compact": Swap(ffn=Compact(rank=4)),
     "both": Swap(blocks=[1, 2], attention=Hydra(), ffn=Compact(rank=8)),
 }
-QUICK = {"block_epochs": 3, "logit_epochs": 3, "batch_size": 16, "progress": False}
+# The two stages that train; tests/test_refit.py looks at what comes before them.
+QUICK = {
+    "refit_images": 0,
+    "block_epochs": 3,
+    "logit_epochs": 3,
+    "batch_size": 16,
+    "progress": False,
+}
 
 
 def noise(count: int = 64) -> Tensor:

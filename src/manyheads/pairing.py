@@ -22,6 +22,7 @@ class Pair:
 
     Attributes:
         student_sites: The student's blocks.
+        teacher_sites: The teacher's, in the same order.
         paths: Paths of all blocks; they are the same in both models.
         differing: Paths of the modules that hold what was converted.
         scored: Whether the models give scores of classes; else they give features,
@@ -41,9 +42,9 @@ class Pair:
     ) -> None:
         self.student, self.teacher = student, teacher
         self.temperature, self.feature_weight = temperature, feature_weight
-        self.student_sites, sites = _matching_sites(student, teacher)
-        self.paths = tuple(site.path for site in sites)
-        self.differing = _differing(self.student_sites, sites)
+        self.student_sites, self.teacher_sites = _matching_sites(student, teacher)
+        self.paths = tuple(site.path for site in self.teacher_sites)
+        self.differing = _differing(self.student_sites, self.teacher_sites)
         self.scored = True
         self._shown: torch.Size | None = None
 

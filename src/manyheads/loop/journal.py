@@ -113,7 +113,11 @@ class Journal:
             CheckpointError: The folder cannot be written; the steps before are there.
         """
         earlier = self._steps()
-        again = sum(_position(step)[0] == position for step in earlier)
+        # One more than the last of this position, not their number: some are gone.
+        same = [
+            _position(step)[1] for step in earlier if _position(step)[0] == position
+        ]
+        again = max(same, default=-1) + 1
         target = self.folder / f"step-{position}.{again}"
         draft = self.folder / f"{_DRAFT}{position}"
         try:
