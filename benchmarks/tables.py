@@ -18,13 +18,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.accuracy.records import FORMAT as STUDY
+from benchmarks.accuracy.records import read as read_study
+from benchmarks.accuracy.table import accuracy_table, healing_table
 from benchmarks.cases import targets_of
 from benchmarks.records import FORMAT, RESULTS, date, newest, read_records
 from benchmarks.render import render
 from benchmarks.render.cells import Record
 from benchmarks.render.targets import render_all_targets
 
-__all__ = ["TABLES", "Table", "main", "of_cases", "of_kinds", "rewrite"]
+__all__ = ["TABLES", "Table", "main", "of_cases", "of_kinds", "of_study", "rewrite"]
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,6 +76,15 @@ def of_kinds(*kinds: str) -> Table:
     return Table(select=select)
 
 
+def of_study(render: Callable[[Sequence[Record]], str]) -> Table:
+    """Show what a renderer takes of the accuracy study's cells, in one table."""
+
+    def select(records: Sequence[Record]) -> list[Record]:
+        return [record for record in records if record["format"] == STUDY]
+
+    return Table(select=select, render=render)
+
+
 def _newest_demo(records: Sequence[Record]) -> list[Record]:
     demos = [r for r in records if r["format"] == "manyheads.demo"]
     return sorted(demos, key=date)[-1:]
@@ -85,12 +97,14 @@ def _with_targets(records: Sequence[Record]) -> list[Record]:
 
 # A new table is one more line; the name is what the comments say.
 TABLES: dict[str, Table] = {
+    "accuracy": of_study(accuracy_table),
     "blocks": of_cases("hallucinated_block_"),
     "compact": of_cases("hallucinated_deit_"),
     "core": of_cases("hydra_core_"),
     "demo": Table(select=_newest_demo),
     "exported": of_kinds("exported"),
     "hallucinated": of_cases("hallucinated_core_", "hallucinated_attention_"),
+    "healing": of_study(healing_table),
     "interactive": of_cases("interactive_"),
     "ivit": of_cases("ivit_"),
     "models": of_cases("hydra_deit_"),
@@ -117,7 +131,7 @@ def main(
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args(arguments).check
-    records = read_records(results)
+    records = [*read_records(results), *read_study(results / "accuracy")]
     stale = []
     for path in [root / "README.md", *sorted(root.glob("docs/**/*.md"))]:
         if not path.is_file():

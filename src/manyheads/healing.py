@@ -144,10 +144,10 @@ def heal(
     x_b is what the teacher feeds its block b, t the temperature, s and f the last
     block's outputs of student and teacher, w the `feature_weight`. A model without a
     classifier gives features S and T, and the divergence gives way to
-    |S - T|^2 / |T|^2. In the first stage
-    only converted blocks move, each by its own error; in the second the whole student
-    moves, frozen parameters too. Dropout and stochastic depth rest in both, because
-    the target is fixed. The teacher is read only.
+    |S - T|^2 / |T|^2. In the first stage only converted blocks move, each by its own
+    error; in the second the whole student moves, frozen parameters too. Dropout and
+    stochastic depth rest in both, because the target is fixed. The teacher is read
+    only.
 
     Before the first stage the last matrices of the converted layers are solved for by
     least squares, on `refit_images` images; see `manyheads.refit`. Without any epochs
@@ -172,7 +172,8 @@ def heal(
         teacher: What it was made from; untouched.
         images: A folder of pictures, a dataset, or preprocessed tensors; labels are
             not looked at.
-        refit_images: Images on which last matrices are solved for; 0 leaves it out.
+        refit_images: Images on which last matrices are solved for, fewer where they
+            are larger than 224 x 224; 0 leaves it out.
         refit_unswapped: Whether those of feed-forward layers are solved for behind
             swapped attention too; None for only where no training follows.
         block_epochs: Passes over the images in stage one; 0 leaves it out.
@@ -264,16 +265,28 @@ def _refit(
     count = config["refit_images"]
     if not count:
         return []
-    images = source.sample(count).images
-    found = refit(pair, images, unswapped=config["refit_unswapped"])
-    if not found:
+    pixels = source.sample(1).images[0, 0].numel()
+    # What goes into a block is held for all of them: as much as usual, no more.
+    images = source.sample(min(count, _share_of(512, pixels))).images
+    found = refit(
+        pair,
+        images,
+        unswapped=config["refit_unswapped"],
+        batch_size=_share_of(32, pixels),
+    )
+    if not found and config["block_epochs"] == config["logit_epochs"] == 0:
         raise NotHealable(
             asked=f"refit_images={count}",
             found="no converted block of this model ends in a matrix that is known",
-            why="a refit solves for such matrices",
-            fix="Use heal(student, teacher, images, refit_images=0).",
+            why="without epochs, solving for such matrices is all there is to do",
+            fix="Train: leave block_epochs and logit_epochs out.",
         )
     return [asdict(one) for one in found]
+
+
+def _share_of(count: int, pixels: int) -> int:
+    """How many images hold as many pixels as so many of 224 x 224."""
+    return max(1, count * 224**2 // pixels)
 
 
 def _stages(pair: Pair, config: dict[str, Any]) -> tuple[Stage, Stage]:

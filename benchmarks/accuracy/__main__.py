@@ -1,0 +1,121 @@
+"""Runs the cells of the accuracy study that are not recorded yet.
+
+python -m benchmarks.accuracy --data-cifar10 FOLDER        all of them
+python -m benchmarks.accuracy --list                       what there is, what is done
+python -m benchmarks.accuracy --only hydra --seeds 0       cells with this in the name
+
+A cell that is recorded is not run again. One that was interrupted goes on where it
+stopped when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from benchmarks.accuracy.cases import CASES, Case
+from benchmarks.accuracy.cells import Cell
+from benchmarks.accuracy.pictures import FOLDER_OF, MissingData, read_data
+from benchmarks.accuracy.records import OtherCase, is_recorded, write
+from benchmarks.accuracy.table import one_line
+from benchmarks.records import RESULTS
+from manyheads import load
+
+ROOT = Path(__file__).parents[2]
+
+
+def main(
+    arguments: Sequence[str] | None = None, *, cases: Sequence[Case] = CASES
+) -> int:
+    """Run what the command line asks for; 0 done, 2 the data or a record is wrong."""
+    options = _parser().parse_args(arguments)
+    chosen = [
+        (case, seed)
+        for case in cases
+        for seed in options.seeds
+        if all(word in case.name for word in options.only)
+    ]
+    out, runs = Path(options.out), Path(options.runs)
+    try:
+        if options.list:
+            for case, seed in chosen:
+                done = is_recorded(out, case, seed)
+                print(f"{'done' if done else '    '}  {case.name}  seed {seed}")
+            return 0
+        for case, seed in chosen:
+            if not is_recorded(out, case, seed):
+                _run(case, seed, options, out, runs)
+    except (MissingData, OtherCase) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(
+    case: Case, seed: int, options: argparse.Namespace, out: Path, runs: Path
+) -> None:
+    folder = getattr(options, f"data_{case.setting.name}")
+    data = read_data(case.setting.name, folder)
+    print(f"{case.name} seed {seed} ...", flush=True)
+    teacher = None
+    if case.treatment != "teacher":
+        teacher = _teacher(case, seed, options, out, runs)
+    record = Cell(case=case, seed=seed, data=data, runs=runs).perform(teacher)
+    write(record, out)
+    print(one_line(record), flush=True)
+
+
+def _teacher(
+    case: Case, seed: int, options: argparse.Namespace, out: Path, runs: Path
+) -> nn.Module:
+    """Load this seed's teacher; train it first if it is not there."""
+    wanted = Case(setting=case.setting, model="teacher", treatment="teacher")
+    data = read_data(case.setting.name, getattr(options, f"data_{case.setting.name}"))
+    cell = Cell(case=wanted, seed=seed, data=data, runs=runs)
+    if not cell.saved.is_dir():
+        record = cell.perform(None)
+        if not is_recorded(out, wanted, seed):
+            write(record, out)
+    return load(cell.saved)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--list", action="store_true", help="run nothing")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="cells whose name has this in it; repeat for cells that have all",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument(
+        "--out", default=str(RESULTS / "accuracy"), help="folder of the records"
+    )
+    parser.add_argument(
+        "--runs",
+        default=str(ROOT / "runs" / "accuracy"),
+        help="folder of saved models and of runs that can go on",
+    )
+    for name, variable in FOLDER_OF.items():
+        parser.add_argument(
+            f"--data-{name}",
+            default=os.environ.get(variable),
+            metavar="FOLDER",
+            help=f"where {name} lies; else the environment's {variable}",
+        )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

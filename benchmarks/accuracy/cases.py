@@ -1,0 +1,258 @@
+"""The cells of the accuracy study, as data.
+
+A cell is one model under one treatment; it is run once per seed, and every seed has a
+teacher of its own. The order of `CASES` is the order of running.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from manyheads import Compact, Hallucinated, Hydra, Interactive, Recipe, Swap
+
+__all__ = ["CASES", "CIFAR10", "FASHION", "Case", "Setting"]
+
+Treatment = Literal[
+    "teacher",
+    "converted",
+    "calibrated",
+    "healed",
+    "progressive",
+    "resized",
+    "scratch",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Data, architecture, and how teachers and models from scratch are trained.
+
+    Attributes:
+        name: Name of the data set.
+        train_images: Images trained on; the first of the data set.
+        epochs: Passes over them, each augmented anew by shifts and flips.
+        flips: Whether pictures may be mirrored.
+        model: What timm's factory is given; a plain softmax Vision Transformer.
+        batch_size: Images per step, in training and in healing.
+        learning_rate: Highest rate of training.
+        weight_decay: Of training.
+        warmup: Share of training in which the rate rises.
+        calibration_images: Unlabelled images for converting and calibrating.
+        healing_share: Most of the teacher's training work that healing may use.
+    """
+
+    name: str
+    train_images: int
+    epochs: int
+    flips: bool = True
+    model: tuple[tuple[str, int], ...] = (
+        ("img_size", 32),
+        ("patch_size", 4),
+        ("embed_dim", 64),
+        ("depth", 6),
+        ("num_heads", 4),
+        ("num_classes", 10),
+    )
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    calibration_images: int = 512
+    healing_share: float = 0.10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One cell.
+
+    Attributes:
+        setting: Data, architecture and training.
+        model: Short name of what the blocks become.
+        treatment: What is done with it.
+        recipe: What the blocks become; None for the teacher.
+        kind: The table it belongs to.
+        variant: What sets it apart from cells of the same model and treatment.
+        heal: What `heal` is told beside its defaults.
+        order: Groups of blocks that are converted and healed one after the other,
+            each with an equal share of the work; empty for all at once.
+        size: Height and width of the pictures that it is measured on, where healed
+            models meet larger ones than they were trained on; the teacher does too.
+        target: Points of top-1 that it may lie below the teacher; None for no target.
+    """
+
+    setting: Setting
+    model: str
+    treatment: Treatment
+    recipe: Recipe | None = None
+    kind: Literal["accuracy", "healing"] = "accuracy"
+    variant: str = ""
+    heal: tuple[tuple[str, Any], ...] = field(default=())
+    order: tuple[tuple[int, ...], ...] = ()
+    size: int = 32
+    target: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Give the name of the cell, as it stands in file names."""
+        parts = (self.setting.name, self.model, self.treatment, self.variant)
+        # A teacher is both the model and the treatment, and is named once.
+        return "-".join(part for part in dict.fromkeys(parts) if part)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give everything as JSON values; order and size where they are not usual."""
+        described: dict[str, Any] = {
+            "name": self.name,
+            "setting": asdict(self.setting) | {"model": dict(self.setting.model)},
+            "model": self.model,
+            "treatment": self.treatment,
+            "recipe": self.recipe.to_dict() if self.recipe else None,
+            "variant": self.variant,
+            "heal": dict(self.heal),
+            "target": self.target,
+        }
+        if self.order:
+            described["order"] = [list(group) for group in self.order]
+        if self.size != 32:
+            described["size"] = self.size
+        return described
+
+
+CIFAR10 = Setting(name="cifar10", train_images=50_000, epochs=6)
+# Garments in grey, 28 x 28: another nature of picture, and mirrored ones stay out.
+FASHION = Setting(name="fashion", train_images=60_000, epochs=2, flips=False)
+
+# 16 landmarks of 64 patch tokens: the quarter that 49 are of the usual 196.
+LANDMARKS = (4, 4)
+MODELS: dict[str, tuple[Recipe, float | None]] = {
+    "hydra_last2": (Recipe(Swap(blocks=range(4, 6), attention=Hydra())), 1.0),
+    "hallucinated_compact": (
+        Recipe(Swap(attention=Hallucinated(), ffn=Compact(rank=0.5))),
+        1.0,
+    ),
+    "interactive_after": (
+        Recipe(Swap(attention=Interactive(landmarks=LANDMARKS))),
+        2.0,
+    ),
+    "hydra_all": (Recipe(Swap(attention=Hydra())), 6.0),
+    "interactive_none": (
+        Recipe(Swap(attention=Interactive(landmarks=LANDMARKS, mix="none"))),
+        2.0,
+    ),
+    "interactive_both": (
+        Recipe(Swap(attention=Interactive(landmarks=LANDMARKS, mix="both"))),
+        2.0,
+    ),
+    "hallucinated": (Recipe(Swap(attention=Hallucinated())), None),
+    "compact": (Recipe(Swap(ffn=Compact(rank=0.5))), None),
+}
+"""What blocks become, and the target in points of top-1 after healing."""
+
+# What the healing study found best where images are many: each is seen once.
+HEALING: tuple[tuple[str, Any], ...] = (("block_epochs", 0), ("logit_epochs", 1))
+
+
+def _study(
+    setting: Setting,
+    treatments: tuple[Treatment, ...],
+    models: tuple[str, ...] = tuple(MODELS),
+) -> tuple[Case, ...]:
+    """Give the cells of the table, treatment by treatment."""
+    cells = []
+    for treatment in treatments:
+        if treatment == "teacher":
+            cells.append(Case(setting=setting, model="teacher", treatment="teacher"))
+            continue
+        for model in models:
+            recipe, target = MODELS[model]
+            healed = treatment == "healed"
+            cells.append(
+                Case(
+                    setting=setting,
+                    model=model,
+                    treatment=treatment,
+                    recipe=recipe,
+                    heal=HEALING if healed else (),
+                    target=target if healed else None,
+                )
+            )
+    return tuple(cells)
+
+
+# Ways of healing that are compared with the healed cells above, all with the same work.
+# A pass is over as many images as the work allows: fewer passes, more images.
+ONCE = {"block_epochs": 0, "logit_epochs": 1}
+WAYS: dict[str, dict[str, Any]] = {
+    "logits": ONCE | {"refit_images": 0},
+    "refit_unswapped_logits": ONCE | {"refit_unswapped": True},
+    "refit_blocks_logits": {"block_epochs": 1, "logit_epochs": 3},
+    "blocks_logits": {"refit_images": 0, "block_epochs": 1, "logit_epochs": 3},
+    "blocks": {"refit_images": 0, "block_epochs": 1, "logit_epochs": 0},
+    "refit_logits_rate_2e-3": ONCE | {"learning_rate": 2e-3},
+    "refit_logits_rate_5e-4": ONCE | {"learning_rate": 5e-4},
+    "refit_logits_features": ONCE | {"feature_weight": 1.0},
+    "refit_logits_temperature_2": ONCE | {"temperature": 2.0},
+    "refit_logits_4_passes": {"block_epochs": 0, "logit_epochs": 4},
+    "refit_logits_15_passes": {"block_epochs": 0, "logit_epochs": 15},
+}
+ORDERS = {
+    "last_blocks_first": ((4, 5), (2, 3), (0, 1)),
+    "first_blocks_first": ((0, 1), (2, 3), (4, 5)),
+}
+STUDIED = ("hydra_all", "hallucinated_compact", "interactive_after")
+
+
+def _ways(setting: Setting, models: tuple[str, ...]) -> tuple[Case, ...]:
+    """Give the cells of the healing study, way by way."""
+    common: dict[str, Any] = {"setting": setting, "kind": "healing"}
+    together = [
+        Case(
+            model=model,
+            treatment="healed",
+            recipe=MODELS[model][0],
+            variant=way,
+            heal=tuple(options.items()),
+            **common,
+        )
+        for way, options in WAYS.items()
+        for model in models
+    ]
+    in_turn = [
+        Case(
+            model=model,
+            treatment="progressive",
+            recipe=MODELS[model][0],
+            variant=way,
+            heal=tuple(ONCE.items()),
+            order=order,
+            **common,
+        )
+        for way, order in ORDERS.items()
+        for model in models
+    ]
+    # The healed weights as they are, in a layer that divides by the count of tokens.
+    corrections = {"off": Hydra(), "on": Hydra(reference_tokens=65)}
+    larger = [
+        Case(
+            model="hydra_all",
+            treatment="resized",
+            recipe=Recipe(Swap(attention=spec)),
+            variant=f"at_48_pixels_correction_{name}",
+            size=48,
+            **common,
+        )
+        for name, spec in corrections.items()
+    ]
+    return (*together, *in_turn, *larger)
+
+
+# In the order of running: the models with targets of their own first.
+_FIRST = ("hydra_last2", *STUDIED)
+_REST = tuple(model for model in MODELS if model not in _FIRST)
+CASES: tuple[Case, ...] = (
+    *_study(CIFAR10, ("teacher", "converted", "healed", "calibrated"), _FIRST),
+    *_ways(CIFAR10, STUDIED),
+    *_study(CIFAR10, ("converted", "healed", "calibrated"), _REST),
+    *_study(CIFAR10, ("scratch",)),
+    *_study(FASHION, ("teacher", "converted", "healed", "calibrated"), _FIRST),
+)
