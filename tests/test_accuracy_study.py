@@ -236,6 +236,11 @@ def test_tables_show_misses_and_what_is_not_there_yet(done: Path) -> None:
         if record["teacher_top1"] is not None:
             record["top1"] = record["teacher_top1"]
     assert "-6: met" in accuracy_table(records)
+    [healed] = [r for r in records if r["case"]["name"] == "cifar10-hydra_all-healed"]
+    pair = [healed | {"top1": 0.5424 - b, "teacher_top1": 0.5424} for b in (0.07, 0.05)]
+    assert "-6: met" in accuracy_table(pair)
+    pair[0]["top1"] -= 0.0002
+    assert "-6: missed !" in accuracy_table(pair)
     ways = healing_table(records)
     assert "| last_blocks_first |" in ways
     assert "| as in the table of accuracies |" in ways
