@@ -6,6 +6,7 @@ sizes are changed, where its constructor allows that.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -138,8 +139,8 @@ FAMILIES: dict[str, Family] = {
 def at(name: str, size: Size) -> nn.Module:
     """Build a family at a size, once; nothing may change what this returns."""
     family = FAMILIES[name]
-    model = family.build(size if family.rebuilt else None)
-    laws.randomise(model)
-    if not family.rebuilt and size != family.native:
-        laws.resize(model, size)
-    return model.eval()
+    if size == family.native or family.rebuilt:
+        return laws.randomise(family.build(size if family.rebuilt else None))
+    model = copy.deepcopy(at(name, family.native))
+    laws.resize(model, size)
+    return model
