@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from manyheads import Hydra, Interactive, Recipe, Swap, convert
-from manyheads.attention import Hallucinated
+from manyheads.attention import AttentionSpec, Hallucinated
 from manyheads.attention.hydra import hydra_attention
 from manyheads.kernels import hallucinated, hydra, interactive
 from manyheads.kernels.interactive import APART, Mixes
@@ -37,7 +41,7 @@ def test_triton_serves_where_it_can() -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("form", ["fused", "padded", "calls", "triton", "flex"])
+@pytest.mark.parametrize("form", ["fused", "padded", "calls", "triton"])
 def test_every_way_to_mix_wide_values_gives_the_same(
     form: hallucinated.Form, dtype: torch.dtype
 ) -> None:
@@ -87,24 +91,54 @@ def test_autocast_runs_the_kernels_in_its_type(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
-def test_models_give_the_same_on_both_devices_and_compiled(spec: object) -> None:
-    model = convert(tiny_vit(), Recipe(Swap(attention=spec)))  # type: ignore[arg-type]
+def test_models_give_the_same_on_both_devices(spec: AttentionSpec) -> None:
+    model = convert(tiny_vit(), Recipe(Swap(attention=spec)))
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         expected = model(images)
         found = model.cuda()(images.cuda())
-        compiled = torch.compile(model, fullgraph=True)(images.cuda())
     assert_close(found.cpu(), expected, slack=10.0)
-    assert_close(compiled.cpu(), expected, slack=10.0)
 
 
-def test_gradients_reach_every_parameter_of_a_compiled_model() -> None:
-    model = convert(tiny_vit(), Recipe(Swap(attention=Hydra()))).cuda().train()
-    images = _randn(2, 3, 32, 32)
+_COMPILED = """
+import sys
+import torch
+from manyheads import Hallucinated, Hydra, Interactive, Recipe, Swap, convert
+from manyheads.kernels.hallucinated import attend
+from tests.helpers import assert_close, tiny_vit
+
+device = sys.argv[1]
+images = torch.randn(2, 3, 32, 32, device=device)
+for spec in (Hydra(), Interactive(landmarks=(2, 2)), Hallucinated()):
+    model = convert(tiny_vit(), Recipe(Swap(attention=spec))).to(device)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.inference_mode():
+        assert_close(compiled(images), model(images), slack=10.0)
     results = []
-    for call in (model, torch.compile(model, fullgraph=True)):
-        with torch.autocast("cuda", torch.bfloat16):
+    for call in (model, compiled):
+        with torch.autocast(device, torch.bfloat16):
             loss = call(images).float().square().mean()
         results.append(torch.autograd.grad(loss, list(model.parameters())))
-    for eager, compiled in zip(*results, strict=True):
-        assert_close(compiled.bfloat16(), eager.bfloat16())
+    for eager, other in zip(*results, strict=True):
+        assert_close(other.bfloat16(), eager.bfloat16())
+q, k, v = (torch.randn(2, 197, 3, width, device=device) for width in (64, 64, 128))
+mask = torch.rand(2, 197, device=device) > 0.3
+with torch.inference_mode():
+    for given in (None, mask):
+        expected = attend(q, k, v, given, 0.125, form="chunked").half()
+        halves = (x.half() for x in (q, k, v))
+        assert_close(attend(*halves, given, 0.125, form="flex"), expected)
+"""
+
+
+def test_compiled_in_one_graph_everything_gives_the_same() -> None:
+    """In a process of its own: the tests' type-checking hook is in compilers' way."""
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILED, "cuda"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
