@@ -52,7 +52,8 @@ def _fill(
     out = torch.empty(shape)
 
     def call() -> object:
-        kernel._TILE_BYTES = kernel._CACHED_TILE_BYTES = size * 1024
+        kernel._TILE_BYTES = size * 1024
+        kernel._CACHED_TILE_BYTES = size * 1024 // torch.get_num_threads()
         return kernel.hydra_into(out, *next(turn))
 
     return call

@@ -148,7 +148,7 @@ MODELS: dict[str, tuple[Recipe, float | None]] = {
 }
 """What blocks become, and the target in points of top-1 after healing."""
 
-# What the healing study found best where images are many: each is seen once.
+# Chosen before the healing study was run: where images are many, each is seen once.
 HEALING: tuple[tuple[str, Any], ...] = (("block_epochs", 0), ("logit_epochs", 1))
 
 

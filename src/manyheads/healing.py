@@ -153,14 +153,10 @@ def heal(
     least squares, on `refit_images` images; see `manyheads.refit`. Without any epochs
     that is all that happens: calibration, for people who do not train.
 
-    The papers do not fix any of this. The defaults come from a small study on
-    handwritten digits: four blocks of width 64, all made Hydra, 15 epochs in all.
-    Divergence on unseen digits was 0.18 with 2 + 13 and with 0 + 15 epochs, 0.20 with
-    5 + 10 (each the mean of two seeds) and 0.35 with 15 + 0 (one seed); accuracy was
-    best with 2 + 13. In a later run with another seed, 0 + 15 epochs gave 0.125, after
-    a refit of the swapped layers 0.114, and of the feed-forward layers as well 0.130
-    or more: so those are left alone where training follows. `benchmarks/accuracy`
-    records more. A large pretrained model may want a lower rate.
+    The papers do not fix any of this. The defaults are provisional: they come from
+    trials on handwritten digits that nobody recorded. What is recorded, of these and of
+    other ways, is in `docs/accuracy.md`, by `benchmarks/accuracy`. A large pretrained
+    model may want a lower rate.
 
     Cost: a step of stage one is the teacher's forward pass and forward and backward
     of the converted blocks; one of stage two, the teacher's forward and the student's
@@ -241,7 +237,10 @@ def heal(
         "teacher": fingerprint(teacher, values=True),
     }
     blocks, logits = _stages(pair, config)
-    with keeping_modes(student, teacher), Run(student, source, options, config) as run:
+    with (
+        keeping_modes(student, teacher),
+        Run(student, source, options, config, beside=[teacher]) as run,
+    ):
         teacher.eval()
         pair.set_student_mode()
         if not run.finished:
