@@ -106,7 +106,7 @@ def list_pictures(
             found=f"it holds {there}",
             fix="Give a folder with .jpg, .png or other picture files.",
         )
-    tops = {path.relative_to(root).parts[0] for path in pictures}
+    tops = sorted({path.relative_to(root).parts[0] for path in pictures})
     parts = {split_word(top): top for top in tops if (root / top).is_dir()}
     if len(parts) == len(tops) and None not in parts:
         names = [name for name in parts if name is not None]

@@ -7,6 +7,7 @@ and shows anything. Whoever fails tells the others, so that nobody waits in vain
 
 from __future__ import annotations
 
+import atexit
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -219,9 +220,20 @@ def _accelerator(verb: str, launched: int) -> Any:
     on_cpu = launched > 1 and (kind is None or kind.type == "mps")
     # Models stay where the user put them; precision is set for each run, whereas
     # accelerate's holds for the whole process.
-    return Accelerator(
+    before = torch.distributed.is_initialized()
+    accelerator = Accelerator(
         cpu=on_cpu or _told_to_use_cpu(), device_placement=False, mixed_precision="no"
     )
+    if torch.distributed.is_initialized() and not before:
+        # Threads of the group that outlive the interpreter may end a process that had
+        # done its work with SIGABRT.
+        atexit.register(_leave_group)
+    return accelerator
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _told_to_use_cpu() -> bool:
