@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ __all__ = [
     "is_again",
     "newest",
     "read_records",
+    "write_once",
     "write_record",
 ]
 
@@ -30,8 +34,18 @@ def write_record(record: dict[str, Any], folder: Path) -> Path:
 
     The file appears whole or not at all, and a taken name gets a number.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     stem = f"{record['case']['name']}_{hardware(record)}_{_month(record)}"
+    again = (f"{stem}_{number}.json" for number in itertools.count(2))
+    return write_once(record, folder, itertools.chain([f"{stem}.json"], again))
+
+
+def write_once(record: dict[str, Any], folder: Path, names: Iterable[str]) -> Path:
+    """Write a record, whole or not at all, under the first name that is free.
+
+    Raises:
+        FileExistsError: All names are taken.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     handle, scratch = tempfile.mkstemp(prefix=".", suffix=".json", dir=folder)
     try:
@@ -40,19 +54,14 @@ def write_record(record: dict[str, Any], folder: Path) -> Path:
             file.flush()
             os.fsync(file.fileno())
         Path(scratch).chmod(0o644)
-        number = 1
-        while True:
-            suffix = f"_{number}" if number > 1 else ""
-            target = folder / f"{stem}{suffix}.json"
-            try:
-                # A link, unlike a rename, refuses a name that is taken.
-                os.link(scratch, target)
-            except FileExistsError:
-                number += 1
-            else:
-                return target
+        for name in names:
+            # A link, unlike a rename, refuses a name that is taken.
+            with suppress(FileExistsError):
+                os.link(scratch, folder / name)
+                return folder / name
     finally:
         Path(scratch).unlink(missing_ok=True)
+    raise FileExistsError(f"{folder}: a record of that name is there, and stays")
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:

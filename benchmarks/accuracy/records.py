@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.cases import CASES, Case
+from benchmarks.records import write_once
 
 __all__ = ["FORMAT", "VERSION", "OtherCase", "is_recorded", "path_of", "read", "write"]
 
@@ -45,22 +44,13 @@ def is_recorded(folder: Path, case: Case, seed: int) -> bool:
 
 
 def write(record: dict[str, Any], folder: Path) -> Path:
-    """Write a record beside its place and move it there when it is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    target = path_of(folder, record["case"]["name"], record["seed"])
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    handle, scratch = tempfile.mkstemp(prefix=".", suffix=".json", dir=folder)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(scratch).chmod(0o644)
-        # A link, unlike a rename, refuses a name that is taken: records stay.
-        os.link(scratch, target)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
-    return target
+    """Write a record, whole or not at all; one that is there stays.
+
+    Raises:
+        FileExistsError: The cell is recorded.
+    """
+    name = path_of(folder, record["case"]["name"], record["seed"]).name
+    return write_once(record, folder, [name])
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

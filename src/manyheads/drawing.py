@@ -8,8 +8,6 @@ compare share one scale: all heads of a block, and all models in a comparison.
 from __future__ import annotations
 
 import importlib
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from manyheads.drafts import draft_of
 from manyheads.errors import DataError, InvalidOption, MissingExtra
 from manyheads.maps import BlockMaps, Maps
 
@@ -96,11 +95,8 @@ def draw(
     figure.suptitle(f"{title}\n{whose}" if title else whose, fontsize=11)
     target = Path(path)
     try:
-        handle, name = tempfile.mkstemp(prefix=".draw-", dir=target.parent)
-        os.close(handle)
-        figure.savefig(name, dpi=110, format="png")
-        Path(name).chmod(0o644)
-        Path(name).replace(target)
+        with draft_of(target) as draft:
+            figure.savefig(draft, dpi=110, format="png")
     except OSError as error:
         raise DataError(
             asked=f"drawing to {target}",

@@ -8,8 +8,6 @@ exporter that goes wrong seldom says so: it writes a file that answers something
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +29,7 @@ from manyheads.artifacts.verification import (
 from manyheads.attention import Softmax
 from manyheads.data import Images
 from manyheads.data.exhibits import exhibits
+from manyheads.drafts import draft_of
 from manyheads.errors import (
     DataError,
     ImageSizeError,
@@ -343,18 +342,11 @@ def _new_file(target: Path, model: nn.Module) -> Iterator[Path]:
     """Give a file to fill beside the target; move it there only if that went well."""
     if target.is_dir():
         raise _refusal(model, target, "a folder is there", fix="Name a file.")
-    fresh: Path | None = None
     try:
         # Before any work is done: a path that cannot be written is known now.
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent
-        )
-        os.close(handle)
-        fresh = Path(name)
-        yield fresh
-        fresh.chmod(0o666 & ~_umask())
-        fresh.replace(target)
+        with draft_of(target) as fresh:
+            yield fresh
     except OSError as error:
         raise _refusal(
             model,
@@ -362,16 +354,6 @@ def _new_file(target: Path, model: nn.Module) -> Iterator[Path]:
             f"it cannot be written: {error}",
             fix="Choose a folder that you may write to, on a disk with room.",
         ) from error
-    finally:
-        if fresh is not None:
-            fresh.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """Read the mask that ordinary files get; a temporary file is for its owner only."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _refusal(model: nn.Module, file: Path, found: str, *, fix: str) -> NotExportable:

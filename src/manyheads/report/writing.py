@@ -10,14 +10,13 @@ import base64
 import html
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from manyheads.drafts import draft_of
 from manyheads.errors import DataError
 from manyheads.report.charts import Cell, line_chart, table
 
@@ -324,11 +323,8 @@ def _size(row: Row) -> tuple[int, int]:
 
 def _write(target: Path, page: str) -> None:
     try:
-        handle, name = tempfile.mkstemp(prefix=".report-", dir=target.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        Path(name).chmod(0o644)
-        Path(name).replace(target)
+        with draft_of(target) as draft:
+            draft.write_text(page, encoding="utf-8")
     except OSError as error:
         raise DataError(
             asked=f"writing the report {target}",

@@ -14,8 +14,6 @@ command writes of itself is such a file again, so that the run can be repeated.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from manyheads.drafts import draft_of
 from manyheads.errors import CheckpointError, InvalidOption, ManyheadsError, nearest
 from manyheads.terminal.console import note
 from manyheads.terminal.options import REQUIRED, Word, option_value, plain_value
@@ -178,11 +177,8 @@ def write_command(file: Path, command: dict[str, Any]) -> None:
     """Write a command as JSON; it appears whole or not at all."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as draft:
-            json.dump(command, draft, indent=2)
-        Path(name).chmod(0o644)
-        Path(name).replace(file)
+        with draft_of(file) as draft:
+            draft.write_text(json.dumps(command, indent=2), encoding="utf-8")
     except OSError as error:
         raise CheckpointError(
             asked=f"keeping the command in {file}",
