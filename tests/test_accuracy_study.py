@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from benchmarks.accuracy.table import accuracy_table, healing_table
 from benchmarks.tables import TABLES
 from PIL import Image
 
-from manyheads import Hydra, Recipe, Swap, cost, load
+from manyheads import Hydra, Recipe, Swap, cost, load, save
+from manyheads.loop.weights import fingerprint
 from tests.helpers import tiny_vit
 
 TINY = replace(
@@ -122,11 +124,12 @@ def test_every_cell_is_recorded_with_all_that_it_stands_on(done: Path) -> None:
         assert record["data"]["train_images"] == 24
         assert 0 <= record["top1"] <= 1
         assert record["conditions"]["torch"]
+        if record is not teacher:
+            assert record["teacher_weights"] == teacher["weights"]
         if record["case"].get("size", 32) == 48:
             continue
         if record is not teacher:
             assert record["teacher_top1"] == teacher["top1"]
-            assert record["teacher_weights"] == teacher["weights"]
             assert record["teacher_work"] == teacher["work"]["multiply_adds"]
     for name in ("cifar10-hydra_all-healed", "cifar10-hydra_all-progressive-"):
         [record] = [r for n, r in records.items() if n.startswith(name)]
@@ -160,6 +163,76 @@ def test_a_cell_recorded_with_other_settings_is_an_error(
         is_recorded(done / "out", other, 0)
     assert study.main(arguments(cifar, done), cases=[other]) == 2
     assert "healed-seed0.json" in capsys.readouterr().err
+
+
+@pytest.fixture
+def moved(done: Path, tmp_path: Path) -> Path:
+    """The records of the study without the models: what another checkout has."""
+    shutil.copytree(done / "out", tmp_path / "out")
+    return tmp_path
+
+
+def test_a_resized_cell_heals_the_model_again_that_it_takes(
+    done: Path, moved: Path, cifar: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resized = next(cell for cell in CELLS if cell.treatment == "resized")
+    record = moved / "out" / f"{resized.name}-seed0.json"
+    expected = json.loads(record.read_text())
+    record.unlink()
+    told = arguments(cifar, moved, "--only", "resized")
+    assert study.main(told, cases=CELLS) == 0
+    assert capsys.readouterr().err == ""
+    found = json.loads(record.read_text())
+    for name in ("weights", "teacher_weights", "top1", "teacher_top1"):
+        assert found[name] == expected[name]
+    remade = {path.name for path in (moved / "runs" / "models").iterdir()}
+    assert remade == {"cifar10-teacher-seed0", "cifar10-hydra_all-healed-seed0"}
+    before = {p.name for p in (done / "out").iterdir()}
+    assert {p.name for p in (moved / "out").iterdir()} == before
+
+
+def test_a_resized_cell_needs_a_healed_one_of_its_own_setting(cifar: Path) -> None:
+    resized = next(cell for cell in CELLS if cell.treatment == "resized")
+    with pytest.raises(OtherCase, match="needs a cell cifar10-hydra_all-healed"):
+        study._healed_of(resized, [resized])
+    assert study._healed_of(resized, CELLS) == CELLS[3]
+    for cell in CASES:
+        if cell.treatment == "resized":
+            assert study._healed_of(cell, [cell]) in CASES
+
+
+@pytest.mark.parametrize("gone", ["", "cifar10-teacher-seed0.json"])
+def test_another_teacher_under_the_same_seed_is_an_error(
+    moved: Path, cifar: Path, gone: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (moved / "out" / "cifar10-hydra_all-healed-seed0.json").unlink()
+    other = tiny_vit(embed_dim=16, patch_size=16, depth=6)
+    save(other, moved / "runs" / "models" / "cifar10-teacher-seed0")
+    if gone:
+        (moved / "out" / gone).unlink()
+    before = {p.name for p in (moved / "out").iterdir()}
+    told = arguments(cifar, moved, "--only", "hydra_all-healed")
+    assert study.main(told, cases=CELLS) == 2
+    said = capsys.readouterr().err
+    recorded = read(moved / "out")[0]
+    taught = recorded["teacher_weights"] or recorded["weights"]
+    for fact in (fingerprint(other, values=True), taught, "give another --out"):
+        assert fact in said
+    assert {p.name for p in (moved / "out").iterdir()} == before
+
+
+def test_a_teacher_trained_again_is_compared_with_what_stands_on_it(
+    moved: Path, cifar: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = moved / "out" / "cifar10-hydra_all-converted-seed0.json"
+    told = json.loads(record.read_text()) | {"teacher_weights": "0123456789abcdef"}
+    record.write_text(json.dumps(told))
+    teacher = moved / "out" / "cifar10-teacher-seed0.json"
+    teacher.unlink()
+    only = arguments(cifar, moved, "--only", "teacher")
+    assert study.main(only, cases=CELLS) == 2
+    assert "0123456789abcdef" in capsys.readouterr().err
+    assert not teacher.exists()
 
 
 def test_what_there_is_and_what_is_done_can_be_listed(

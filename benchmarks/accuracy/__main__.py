@@ -21,10 +21,18 @@ from torch import nn
 from benchmarks.accuracy.cases import CASES, Case
 from benchmarks.accuracy.cells import Cell
 from benchmarks.accuracy.pictures import FOLDER_OF, MissingData, read_data
-from benchmarks.accuracy.records import OtherCase, is_recorded, write
+from benchmarks.accuracy.records import (
+    OtherCase,
+    OtherWeights,
+    is_recorded,
+    require_one_teacher,
+    require_recorded_weights,
+    write,
+)
 from benchmarks.accuracy.table import one_line
 from benchmarks.records import RESULTS
 from manyheads import load
+from manyheads.loop.weights import fingerprint
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,25 +57,39 @@ def main(
             return 0
         for case, seed in chosen:
             if not is_recorded(out, case, seed):
-                _run(case, seed, options, out, runs)
-    except (MissingData, OtherCase) as error:
+                _run(case, seed, options, out, runs, cases)
+    except (MissingData, OtherCase, OtherWeights) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
 def _run(
-    case: Case, seed: int, options: argparse.Namespace, out: Path, runs: Path
+    case: Case,
+    seed: int,
+    options: argparse.Namespace,
+    out: Path,
+    runs: Path,
+    cases: Sequence[Case],
 ) -> None:
-    folder = getattr(options, f"data_{case.setting.name}")
-    data = read_data(case.setting.name, folder)
     print(f"{case.name} seed {seed} ...", flush=True)
     teacher = None
     if case.treatment != "teacher":
         teacher = _teacher(case, seed, options, out, runs)
-    record = Cell(case=case, seed=seed, data=data, runs=runs).perform(teacher)
+    if case.treatment == "resized":
+        # It takes the saved model of another cell.
+        _finished(_healed_of(case, cases), seed, options, out, runs)
+    record = _cell(case, seed, options, runs).perform(teacher)
+    if teacher is None:
+        require_one_teacher(out, case, seed, record["weights"])
     write(record, out)
     print(one_line(record), flush=True)
+
+
+def _cell(case: Case, seed: int, options: argparse.Namespace, runs: Path) -> Cell:
+    folder = getattr(options, f"data_{case.setting.name}")
+    data = read_data(case.setting.name, folder)
+    return Cell(case=case, seed=seed, data=data, runs=runs)
 
 
 def _teacher(
@@ -75,13 +97,41 @@ def _teacher(
 ) -> nn.Module:
     """Load this seed's teacher; train it first if it is not there."""
     wanted = Case(setting=case.setting, model="teacher", treatment="teacher")
-    data = read_data(case.setting.name, getattr(options, f"data_{case.setting.name}"))
-    cell = Cell(case=wanted, seed=seed, data=data, runs=runs)
+    return _finished(wanted, seed, options, out, runs)
+
+
+def _healed_of(case: Case, cases: Sequence[Case]) -> Case:
+    """Find the cell whose saved model a resized one takes."""
+    for other in (*cases, *CASES):
+        if other.name == case.healed_name and other.setting == case.setting:
+            return other
+    raise OtherCase(f"{case.name} needs a cell {case.healed_name}, and there is none.")
+
+
+def _finished(
+    case: Case, seed: int, options: argparse.Namespace, out: Path, runs: Path
+) -> nn.Module:
+    """Load the finished model of a cell; make it, again if need be, where it is gone.
+
+    Raises:
+        OtherWeights: It is not the model that was recorded.
+    """
+    cell = _cell(case, seed, options, runs)
     if not cell.saved.is_dir():
-        record = cell.perform(None)
-        if not is_recorded(out, wanted, seed):
+        teacher = None
+        if case.treatment != "teacher":
+            teacher = _teacher(case, seed, options, out, runs)
+        record = cell.perform(teacher)
+        if not is_recorded(out, case, seed):
+            if teacher is None:
+                require_one_teacher(out, case, seed, record["weights"])
             write(record, out)
-    return load(cell.saved)
+    model = load(cell.saved)
+    weights = fingerprint(model, values=True)
+    require_recorded_weights(out, case, seed, weights, cell.saved)
+    if case.treatment == "teacher":
+        require_one_teacher(out, case, seed, weights)
+    return model
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ teacher of its own. The order of `CASES` is the order of running.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from manyheads import Compact, Hallucinated, Hydra, Interactive, Recipe, Swap
@@ -98,6 +98,11 @@ class Case:
         parts = (self.setting.name, self.model, self.treatment, self.variant)
         # A teacher is both the model and the treatment, and is named once.
         return "-".join(part for part in dict.fromkeys(parts) if part)
+
+    @property
+    def healed_name(self) -> str:
+        """Give the name of the cell that heals this model in the table."""
+        return replace(self, treatment="healed", variant="").name
 
     def to_json(self) -> dict[str, Any]:
         """Give everything as JSON values; order and size where they are not usual."""

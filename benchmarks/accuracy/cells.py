@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Cell:
     @property
     def saved(self) -> Path:
         """Give the folder in which the finished model is saved."""
-        return self.runs / "models" / f"{self.case.name}-seed{self.seed}"
+        return self._folder_of(self.case.name)
 
     def perform(self, teacher: nn.Module | None) -> dict[str, Any]:
         """Do the work and give its record.
@@ -64,6 +64,8 @@ class Cell:
         """
         begun, cpu = time.monotonic(), time.process_time()
         before = conditions(torch.device("cpu"), torch.float32)
+        # Before the work: a teacher may be resized by it.
+        taught = fingerprint(teacher, values=True) if teacher else None
         model, work = getattr(self, f"_{self.case.treatment}")(teacher)
         measured = self._measure(model)
         if self.case.treatment != "resized":
@@ -87,7 +89,7 @@ class Cell:
             "loss": measured.loss,
             "teacher_top1": (self._measure_teacher(teacher).top1 if teacher else None),
             "weights": fingerprint(model, values=True),
-            "teacher_weights": fingerprint(teacher, values=True) if teacher else None,
+            "teacher_weights": taught,
             "work": work,
             "teacher_work": training_work(teacher or model, _images(setting)),
             # Wall time says little of a run in the background; a run that was taken
@@ -96,6 +98,9 @@ class Cell:
             "processor_seconds": time.process_time() - cpu,
             "conditions": before,
         }
+
+    def _folder_of(self, name: str) -> Path:
+        return self.runs / "models" / f"{name}-seed{self.seed}"
 
     def _measure(self, model: nn.Module) -> Evaluated:
         """Measure on unseen images."""
@@ -153,8 +158,7 @@ class Cell:
 
     def _resized(self, teacher: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         """Take the healed model of the table, and both models to larger pictures."""
-        healed = replace(self.case, treatment="healed", variant="")
-        student = load(replace(self, case=healed).saved)
+        student = load(self._folder_of(self.case.healed_name))
         if self.case.recipe is not None and _spec(student) != _wanted(self.case):
             student = convert(student, self.case.recipe)
         for model in (student, teacher):

@@ -9,13 +9,32 @@ from typing import Any
 from benchmarks.accuracy.cases import CASES, Case
 from benchmarks.records import write_once
 
-__all__ = ["FORMAT", "VERSION", "OtherCase", "is_recorded", "path_of", "read", "write"]
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "OtherCase",
+    "OtherWeights",
+    "is_recorded",
+    "path_of",
+    "read",
+    "require_one_teacher",
+    "require_recorded_weights",
+    "write",
+]
 
 FORMAT, VERSION = "manyheads.accuracy", 1
+_WHY = (
+    "The same training gives the same bits only with the same processor, number of "
+    "threads and versions; cells of different models cannot be compared."
+)
 
 
 class OtherCase(Exception):
     """A cell is recorded, but with other settings than it has now."""
+
+
+class OtherWeights(Exception):
+    """A model was made again and came out otherwise than the records say."""
 
 
 def path_of(folder: Path, name: str, seed: int) -> Path:
@@ -41,6 +60,44 @@ def is_recorded(folder: Path, case: Case, seed: int) -> bool:
             "away to run the cell again, or give another --out."
         )
     return True
+
+
+def require_recorded_weights(
+    folder: Path, case: Case, seed: int, weights: str, saved: Path
+) -> None:
+    """See that the saved model of a cell is the one of its record, if it has one.
+
+    Raises:
+        OtherWeights: It is another.
+    """
+    path = path_of(folder, case.name, seed)
+    if not path.is_file():
+        return
+    recorded = json.loads(path.read_text(encoding="utf-8"))["weights"]
+    if recorded != weights:
+        raise OtherWeights(
+            f"{saved} has weights {weights}, and {path.name} was recorded with weights "
+            f"{recorded}. {_WHY} Put the recorded model in its place, or give another "
+            "--out and record every cell of this seed again."
+        )
+
+
+def require_one_teacher(folder: Path, case: Case, seed: int, weights: str) -> None:
+    """See that all records of a seed stand on one teacher.
+
+    Raises:
+        OtherWeights: A record names another teacher than this one.
+    """
+    for path in sorted(folder.glob(f"{case.setting.name}-*-seed{seed}.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        # Where pictures are larger, the teacher was resized before it was measured.
+        taught = None if "size" in record["case"] else record["teacher_weights"]
+        if taught not in (None, weights):
+            raise OtherWeights(
+                f"the teacher of seed {seed} has weights {weights}, and {path.name} "
+                f"stands on a teacher with weights {taught}. {_WHY} Bring that teacher "
+                "back, or give another --out and record every cell of this seed again."
+            )
 
 
 def write(record: dict[str, Any], folder: Path) -> Path:
