@@ -19,7 +19,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu_cases import GPU_PIECES, GPU_SMOKE, Piece
+from benchmarks.cases.gpu import GPU_PIECES, GPU_SMOKE, Piece
 
 __all__ = ["main", "obstacle"]
 

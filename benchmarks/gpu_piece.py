@@ -10,7 +10,6 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import run
-from benchmarks.gpu_cases import BOTH, FORWARD, GPU_PIECES, GPU_SMOKE, WIDE_FORMS
-from benchmarks.kinds import COPY, Case, CoreCase
+from benchmarks.cases.gpu import BOTH, FORWARD, GPU_PIECES, GPU_SMOKE, WIDE_FORMS
+from benchmarks.kinds import COPY, Case, CoreCase, as_json, kind_of
 from benchmarks.measure.racing import Call, Laps, Race, Row, in_ms, plain
 from benchmarks.records import FORMAT, RESULTS, VERSION, write_record
 from benchmarks.render import render
@@ -204,25 +203,17 @@ def _row(case: CoreCase, N: int, name: str, laps: Laps, device: torch.device) ->
 
 
 def _record(case: Case, rows: list[Row], device: torch.device) -> dict[str, Any]:
-    told = {f.name: getattr(case, f.name) for f in fields(case) if f.name != "targets"}
     where = conditions(device, getattr(torch, case.dtype)) | {"weights": "random"}
     return {
         "format": FORMAT,
         "version": VERSION,
-        "kind": "core",
-        "case": {name: _plain(value) for name, value in told.items()},
+        "kind": kind_of(case),
+        "case": as_json(case),
         "rows": rows,
         "conditions": where,
         "growth": {},
         "memory_growth": {},
     }
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    plain_already = value is None or isinstance(value, str | int | float)
-    return value if plain_already else repr(value)
 
 
 def _watch(what: str, done: int, rounds: int) -> None:

@@ -14,7 +14,7 @@ Weights are random everywhere: they enter neither time nor memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from benchmarks.targets import Target
@@ -31,6 +31,7 @@ __all__ = [
     "LayerCase",
     "ModelCase",
     "ScalingCase",
+    "as_json",
     "kind_of",
 ]
 
@@ -187,6 +188,23 @@ class ScalingCase(Case):
     limit_s: float = 600.0
 
 
+def as_json(case: Case) -> dict[str, object]:
+    """Write a case down as its record holds it.
+
+    Without its targets: they may move later, and a record holds what was measured, not
+    what was hoped for.
+    """
+    named = {f.name: getattr(case, f.name) for f in fields(case) if f.name != "targets"}
+    return {name: _plain(value) for name, value in named.items()}
+
+
 def kind_of(case: Case) -> str:
     """Name the kind of a case as records do."""
     return type(case).__name__.removesuffix("Case").lower()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    plain = value is None or isinstance(value, str | int | float)
+    return value if plain else repr(value)

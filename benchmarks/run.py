@@ -16,7 +16,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from rich.progress import (
 )
 
 from benchmarks.cases import CASES, SMOKE
-from benchmarks.kinds import Case, kind_of
+from benchmarks.kinds import Case, as_json, kind_of
 from benchmarks.measure import fit, measure
 from benchmarks.records import (
     FORMAT,
@@ -190,7 +189,7 @@ def _listed(cases: Sequence[Case], folder: Path) -> str:
 
 def _is_recorded(case: Case, device: torch.device, folder: Path) -> bool:
     here = conditions(device, getattr(torch, case.dtype))
-    told = _as_json(case)
+    told = as_json(case)
     return any(is_again(old, told, here) for old in read_records(folder))
 
 
@@ -201,24 +200,11 @@ def _record(case: Case, device: torch.device, watch: Any) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "kind": kind_of(case),
-        "case": _as_json(case),
+        "case": as_json(case),
         "rows": rows,
         "conditions": where,
     }
     return record | fit(rows)
-
-
-def _as_json(case: Case) -> dict[str, object]:
-    # Targets may move later; a record holds what was measured, not what was hoped for.
-    named = {f.name: getattr(case, f.name) for f in fields(case) if f.name != "targets"}
-    return {name: _plain(value) for name, value in named.items()}
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    plain = value is None or isinstance(value, str | int | float)
-    return value if plain else repr(value)
 
 
 if __name__ == "__main__":

@@ -103,6 +103,7 @@ TABLES: dict[str, Table] = {
     "core": of_cases("hydra_core_"),
     "demo": Table(select=_newest_demo),
     "exported": of_kinds("exported"),
+    "gpu": of_cases("gpu_"),
     "hallucinated": of_cases("hallucinated_core_", "hallucinated_attention_"),
     "healing": of_study(healing_table),
     "interactive": of_cases("interactive_"),

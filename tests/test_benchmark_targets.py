@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from benchmarks.cases import CASES, targets_of
+from benchmarks.cases.gpu import BOTH, FORWARD, GPU_CASES
 from benchmarks.kinds import COPY, GIVEN, Case, CoreCase, LayerCase, ModelCase
 from benchmarks.kinds import ScalingCase as Scaling
 from benchmarks.render.targets import render_all_targets, target_lines
@@ -14,7 +15,7 @@ from benchmarks.targets import Target, judge, read_reasons
 
 from tests.benchmark_records import core_record
 
-_WITH_TARGETS = [case for case in CASES if case.targets]
+_WITH_TARGETS = [case for case in (*CASES, *GPU_CASES) if case.targets]
 
 
 def _target(**changes: Any) -> Target:
@@ -95,7 +96,7 @@ def test_every_cause_belongs_to_a_target() -> None:
 def _rows(case: Case) -> list[dict[str, Any]]:
     """Give rows like those that measuring would give, without numbers."""
     if isinstance(case, CoreCase):
-        forms = [*map(repr, case.specs), GIVEN]
+        forms = [*map(repr, case.specs), GIVEN, FORWARD, BOTH]
         columns = ("to_softmax", "share_of_copy_rate")
         rows = [
             {"form": form, "num_tokens": n} | dict.fromkeys(columns)

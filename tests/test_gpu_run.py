@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmarks.cases.gpu import GPU_PIECES, GPU_SMOKE
 from benchmarks.gpu import obstacle
-from benchmarks.gpu_cases import GPU_PIECES, GPU_SMOKE
 from benchmarks.records import read_records
 from benchmarks.render import render
 

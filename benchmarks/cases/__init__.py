@@ -1,11 +1,13 @@
 """The cases, as data: what is timed against what, at which sizes.
 
 A new case is one more entry in the file of its idea; `benchmarks.kinds` says what a
-case may hold. Those that are not `extra` make up `make bench`.
+case may hold. Those that are not `extra` make up `make bench`; `benchmarks.gpu` runs
+the cases of `cases/gpu.py`.
 """
 
 from __future__ import annotations
 
+from benchmarks.cases.gpu import GPU_CASES
 from benchmarks.cases.hallucinated import HALLUCINATED_CASES
 from benchmarks.cases.hydra import HYDRA_CASES
 from benchmarks.cases.interactive import INTERACTIVE_CASES
@@ -31,4 +33,4 @@ def targets_of(name: str) -> tuple[Target, ...]:
 
     They are not read from records, so that a corrected target judges old numbers too.
     """
-    return next((c.targets for c in (*CASES, *SMOKE) if c.name == name), ())
+    return next((c.targets for c in (*CASES, *GPU_CASES, *SMOKE) if c.name == name), ())
