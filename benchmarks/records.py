@@ -21,6 +21,7 @@ __all__ = [
     "is_again",
     "newest",
     "read_records",
+    "settings",
     "write_once",
     "write_record",
 ]
@@ -73,11 +74,26 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def newest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Keep the latest record of each case on each hardware, in the order of cases."""
+    """Keep the latest record of each case on each hardware, in the order of cases.
+
+    Beside it stay those that measured the same code under other settings of memory and
+    threads: the latest of each.
+    """
     latest: dict[tuple[str, str], dict[str, Any]] = {}
     for record in sorted(records, key=date):
-        latest[record["case"]["name"], hardware(record)] = record
-    return [latest[key] for key in sorted(latest)]
+        latest[_subject(record)] = record
+    beside = {
+        (*_subject(record), settings(record)): record
+        for record in sorted(records, key=date)
+        if _code(record) == _code(latest[_subject(record)])
+    }
+    return [beside[key] for key in sorted(beside)]
+
+
+def settings(record: dict[str, Any]) -> str:
+    """Tell a record's settings of memory and threads; empty where there are none."""
+    told = record["conditions"].get("settings") or {}
+    return ", ".join(f"{name}={value}" for name, value in told.items())
 
 
 def is_again(old: dict[str, Any], case: dict[str, Any], here: dict[str, Any]) -> bool:
@@ -94,8 +110,8 @@ def is_again(old: dict[str, Any], case: dict[str, Any], here: dict[str, Any]) ->
     if old["format"] != FORMAT or not here["git"] or " " in here["git"]:
         return False
     there = old["conditions"]
-    same = ("git", "device_name", "threads", "torch", "dtype")
-    return old["case"] == case and all(there.get(k) == here[k] for k in same)
+    same = ("git", "device_name", "threads", "torch", "dtype", "settings")
+    return old["case"] == case and all(there.get(k) == here.get(k) for k in same)
 
 
 def date(record: dict[str, Any]) -> str:
@@ -112,6 +128,17 @@ def hardware(record: dict[str, Any]) -> str:
         name += f" {conditions['threads']} threads"
     name = re.sub(r"\((?:R|TM)\)", "", name)
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _subject(record: dict[str, Any]) -> tuple[str, str]:
+    """Name what was measured, and on what."""
+    return record["case"]["name"], hardware(record)
+
+
+def _code(record: dict[str, Any]) -> str:
+    """Name the code that was measured; one that was changed is like no other."""
+    commit = str(record["conditions"].get("git") or "")
+    return date(record) if " " in commit or not commit else commit
 
 
 def _month(record: dict[str, Any]) -> str:

@@ -34,6 +34,23 @@ def test_the_newest_record_of_each_case_and_machine_is_shown() -> None:
     assert tables.of_kinds("core").select([new, old, other]) == [new, other]
 
 
+def test_the_same_code_under_other_settings_is_shown_beside() -> None:
+    def record(date: str, git: str, **settings: str) -> dict[str, Any]:
+        found = core_record(date=date)
+        found["conditions"] |= {"git": git, "settings": settings}
+        return found
+
+    kept = {"MALLOC_MMAP_MAX_": "0"}
+    superseded = record("2026-11-01", "1" * 40)
+    plain, new = record("2026-11-02", "2" * 40), record("2026-11-03", "2" * 40, **kept)
+    earlier = record("2026-11-01", "2" * 40, **kept)
+    assert newest([new, superseded, plain, earlier]) == [plain, new]
+    assert "torch 2.15, MALLOC_MMAP_MAX_=0, 2026-11-03" in render([new])
+    # Nobody knows what uncommitted code was.
+    changed = [record(f"2026-11-0{day}", "3 with local changes") for day in (4, 5)]
+    assert newest([*changed, plain, new]) == changed[1:]
+
+
 def test_every_table_can_be_placed_before_anything_is_recorded() -> None:
     for table in tables.TABLES.values():
         assert table.render(table.select([])) == "Not recorded yet."

@@ -154,7 +154,8 @@ def test_only_the_same_case_machine_and_code_are_skipped() -> None:
     case = dict(old["case"])
     assert is_again(old, case, here)
     assert not is_again(old, case | {"dim": 16}, here)
-    for key, other in (("git", "1" * 40), ("threads", 4), ("torch", "2.16")):
+    changes = {"git": "1" * 40, "threads": 4, "torch": "2.16", "settings": {"A": "1"}}
+    for key, other in changes.items():
         assert not is_again(old, case, here | {key: other})
     changed = f"{'0' * 40} with local changes"
     old["conditions"]["git"] = changed

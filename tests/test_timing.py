@@ -80,6 +80,18 @@ def test_json_holds_all_of_it_and_the_conditions(
     }
 
 
+def test_conditions_tell_what_moves_memory_and_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in set(conditions(torch.device("cpu"), torch.float32)["settings"]):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    monkeypatch.setenv("LD_PRELOAD", "/some/folder/liballocator.so")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    told = conditions(torch.device("cpu"), torch.float32)["settings"]
+    assert told == {"LD_PRELOAD": "liballocator.so", "MALLOC_MMAP_MAX_": "0"}
+
+
 def test_a_size_that_does_not_fill_patches_is_padded_and_said_so(
     pair: tuple[nn.Module, nn.Module],
 ) -> None:

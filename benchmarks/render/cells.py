@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.records import date
+from benchmarks.records import date, settings
 
 __all__ = [
     "COPY_RATE",
@@ -139,11 +139,12 @@ def compile_times(record: Record) -> list[str]:
 
 
 def state_machine(machine: dict[str, Any]) -> str:
-    """Name the machine, torch and the date."""
+    """Name the machine, torch, settings and the date."""
     facts = [
         str(machine.get("device_name") or ""),
         f"{machine['threads']} threads" if machine.get("threads") else "",
         f"torch {machine['torch']}" if machine.get("torch") else "",
+        settings({"conditions": machine}),
         date({"conditions": machine})[:10],
     ]
     return ", ".join(fact for fact in facts if fact) + "."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -17,6 +18,13 @@ from typing import Any
 import torch
 
 __all__ = ["conditions", "processor"]
+
+# What the environment tells the allocator and the threads. A tensor of a large image is
+# above the 32 MiB to which glibc keeps freed memory by itself: every one is then new
+# memory, whose pages the system clears first, unless MALLOC_* say otherwise.
+_SETTINGS = re.compile(
+    r"MALLOC_\w+|GLIBC_TUNABLES|LD_PRELOAD|OMP_(?!NUM_THREADS)\w+|KMP_\w+|GOMP_\w+"
+)
 
 
 def conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -34,6 +42,7 @@ def conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_before": _load(),
+        "settings": _settings(),
         "dtype": str(dtype).removeprefix("torch."),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -67,6 +76,15 @@ def processor() -> str:
     if "model" in found and found.get("cpu family"):
         name += f" (family {found['cpu family']}, model {found['model']})"
     return name
+
+
+def _settings() -> dict[str, str]:
+    """Give the environment's words on memory and threads; names of files alone."""
+    return {
+        name: Path(value).name if name == "LD_PRELOAD" else value
+        for name, value in sorted(os.environ.items())
+        if _SETTINGS.fullmatch(name)
+    }
 
 
 def _load() -> float | None:
