@@ -1,6 +1,6 @@
 """A run that is killed over and over, by SIGKILL, at seeded random points.
 
-    python -m tests.killed_runs FOLDER SEED KILLS
+    python -m tests.killed_runs FOLDER VERB SEED KILLS
 
 One parent has everything imported and forks a child for every attempt. Every second
 attempt is killed from outside after a random time; the others kill themselves at a
@@ -27,11 +27,16 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
+from manyheads import Compact, Hydra, Recipe, Swap, convert
 from manyheads.data import Augmentation
+from manyheads.healing import heal
 from manyheads.training import train
 from tests.helpers import tiny_vit
 
 ON_FILES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+
+
+Run = Callable[[Path], nn.Module]
 
 
 def images(count: int = 20) -> tuple[Tensor, Tensor]:
@@ -44,7 +49,7 @@ def make() -> nn.Module:
     return tiny_vit(depth=1, embed_dim=24, proj_drop_rate=0.1, drop_path_rate=0.1)
 
 
-def run(folder: Path) -> nn.Module:
+def training(folder: Path) -> nn.Module:
     """Everything that has a state: optimiser, rate, scaler, average, parts, noise."""
     student = make()
     train(
@@ -66,6 +71,33 @@ def run(folder: Path) -> nn.Module:
     return student
 
 
+def healing(folder: Path) -> nn.Module:
+    """All of that but the noise, over a refit and two stages."""
+    teacher = make()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(4 if parameter.ndim == 2 else 1)
+    student = convert(teacher, Recipe(Swap(attention=Hydra(), ffn=Compact(rank=8))))
+    heal(
+        student,
+        teacher,
+        images()[0],
+        refit_images=8,
+        block_epochs=3,
+        logit_epochs=3,
+        batch_size=6,
+        inherited_rate_factor=0.5,
+        accumulation=2,
+        precision="fp16",
+        ema_decay=0.9,
+        run_dir=folder,
+        checkpoint_every=3,
+        log_every=2,
+        progress=False,
+    )
+    return student
+
+
 def die_at(operation: int, folder: Path) -> None:
     """Kill this process at its n-th operation on a file of the run."""
     left = itertools.count(1 - operation)
@@ -77,7 +109,7 @@ def die_at(operation: int, folder: Path) -> None:
     sys.addaudithook(count)
 
 
-def attempt(folder: Path, prepare: Callable[[], object]) -> int:
+def attempt(run: Run, folder: Path, prepare: Callable[[], object]) -> int:
     """Fork a child that makes the run, or what is left of it."""
     pid = os.fork()
     if pid:
@@ -92,18 +124,19 @@ def attempt(folder: Path, prepare: Callable[[], object]) -> int:
 
 
 def main() -> None:
-    root, dice, wanted = Path(sys.argv[1]), random.Random(sys.argv[2]), int(sys.argv[3])
+    root, dice, wanted = Path(sys.argv[1]), random.Random(sys.argv[3]), int(sys.argv[4])
+    run: Run = {"train": training, "heal": healing}[sys.argv[2]]
     began = time.monotonic()
-    os.waitpid(attempt(root / "straight", lambda: None), 0)
+    os.waitpid(attempt(run, root / "straight", lambda: None), 0)
     whole = time.monotonic() - began
     kills, resumed, finished, ended = 0, 0, 0, False
     while kills < wanted or not ended:
         folder, pick = root / f"run-{finished}", dice.random()
         operation = dice.randrange(1, 80)
         if kills < wanted and pick < 0.5:
-            pid = attempt(folder, lambda at=operation, of=folder: die_at(at, of))
+            pid = attempt(run, folder, lambda at=operation, of=folder: die_at(at, of))
         else:
-            pid = attempt(folder, lambda: None)
+            pid = attempt(run, folder, lambda: None)
             if kills < wanted:
                 time.sleep(dice.uniform(0.0, 0.8 * whole))
                 os.kill(pid, signal.SIGKILL)

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from manyheads import Hydra, Recipe, Swap, convert
+from manyheads import Compact, Hydra, Recipe, Swap, convert
 from manyheads.data import Augmentation
 from manyheads.errors import ManyheadsError
 from manyheads.healing import heal
@@ -171,7 +171,8 @@ def a_loss_that_is_not_finite(folder: Path) -> dict[str, Any]:
 
 def healing(folder: Path) -> dict[str, Any]:
     teacher = model()
-    student = convert(teacher, Recipe(Swap(blocks=[1], attention=Hydra())))
+    swap = Swap(attention=Hydra(), ffn=Compact(rank=8))
+    student = convert(teacher, Recipe(swap))
     healed = heal(
         student,
         teacher,
@@ -179,9 +180,15 @@ def healing(folder: Path) -> dict[str, Any]:
         block_epochs=2,
         logit_epochs=2,
         batch_size=8,
+        feature_weight=0.5,
+        inherited_rate_factor=0.5,
+        accumulation=2,
+        ema_decay=0.9,
         progress=False,
     )
-    return outcome(student, healed) | {"divergence": healed.divergence}
+    losses = [loss for stage in healed.stages for loss in stage.losses]
+    told = {"divergence": healed.divergence, "losses": losses}
+    return outcome(student, healed) | told
 
 
 def resumable(folder: Path, *, name: str, kill_at: int | None) -> dict[str, Any]:

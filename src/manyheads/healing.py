@@ -22,13 +22,13 @@ from typing import Any
 
 from torch import nn
 
-from manyheads.data import Images, ImageSource, image_source
-from manyheads.errors import InvalidOption, NotHealable
+from manyheads.data import Augmentation, Images, ImageSource, image_source
+from manyheads.errors import InvalidOption
 from manyheads.loop import Run
 from manyheads.loop.stages import RunOptions, Stage, StageRecord, require_positive
 from manyheads.loop.weights import fingerprint, keeping_modes
 from manyheads.pairing import Pair
-from manyheads.refit import Refit, refit
+from manyheads.refit import Refit, refit_on
 
 __all__ = ["BlockHealing", "Healed", "heal"]
 
@@ -108,6 +108,9 @@ class Healed:
             f"{' + '.join(done)} over {self.images} images{skipped} "
             f"in {self.seconds:.0f} s"
         )
+        overflows = sum(stage.overflows for stage in self.stages)
+        if overflows:
+            lines[-1] += f"; {overflows} updates overflowed float16 and were left out"
         return "\n".join(lines)
 
 
@@ -127,13 +130,19 @@ def heal(
     warmup_epochs: float | int = 0.5,
     temperature: float | int = 1.0,
     feature_weight: float | int = 0.0,
-    max_grad_norm: float | int = 1.0,
-    augment: bool = True,
+    inherited_rate_factor: float | int = 1.0,
+    max_grad_norm: float | int | None = 1.0,
+    accumulation: int = 1,
+    precision: str = "fp32",
+    ema_decay: float | int | None = None,
+    augment: bool | Augmentation = True,
     max_unreadable: float | int = 0.1,
     num_workers: int = 0,
     seed: int = 0,
     run_dir: str | Path | None = None,
     checkpoint_every: int = 200,
+    log_every: int = 10,
+    tensorboard: bool = False,
     progress: bool = True,
 ) -> Healed:
     """Bring a converted model back to what its teacher does; no labels are needed.
@@ -156,12 +165,15 @@ def heal(
     The papers do not fix any of this. The defaults are provisional: they come from
     trials on handwritten digits that nobody recorded. What is recorded, of these and of
     other ways, is in `docs/accuracy.md`, by `benchmarks/accuracy`. A large pretrained
-    model may want a lower rate.
+    model may want a lower rate. Processes share a run, and a run goes on after an
+    interruption, as in `train`.
 
     Cost: a step of stage one is the teacher's forward pass and forward and backward
     of the converted blocks; one of stage two, the teacher's forward and the student's
     forward and backward. Beside the optimiser's two copies of the moving weights a
-    third is kept, of the last ones that were good.
+    third is kept, of the last ones that were good. Where a batch is worked on in
+    pieces, by parts or by processes, a step of stage one has a second forward pass of
+    the teacher, for what the error of the whole batch is divided by.
 
     Args:
         student: What `convert` made; changed in place.
@@ -181,13 +193,25 @@ def heal(
         warmup_epochs: Epochs in which the rate of a stage rises.
         temperature: Flattens both models' scores before they are compared.
         feature_weight: Weight of the last block's outputs in stage two.
-        max_grad_norm: Length to which longer gradients are cut.
-        augment: Whether pictures get random crops and flips; tensors never do.
+        inherited_rate_factor: Factor of both rates for parameters that the teacher has
+            too, in the same shape; new ones have the whole. 0 holds them still.
+        max_grad_norm: Length to which longer gradients are cut; None for any length.
+        accumulation: Parts in which a process works through its images of a step, one
+            after another; memory falls, the result stays.
+        precision: "fp32", or matrix products in "bf16" or "fp16" in both stages,
+            the teacher's too; weights stay as they are, and fp16 scales the loss.
+        ema_decay: Decay of a running average of the weights, which each stage begins
+            anew; the model ends with the last one.
+        augment: Whether pictures get random crops and flips, and tensors nothing; or
+            what happens to images, such as Augmentation.deit().
         max_unreadable: Share of unreadable pictures at which to stop.
         num_workers: Processes that load images; 0 for this one.
         seed: What order and augmentation come from.
-        run_dir: A folder from which the same call goes on after an interruption.
+        run_dir: A folder from which the same call goes on after an interruption. Gets
+            steps.csv and epochs.csv as well.
         checkpoint_every: Steps between two writings to `run_dir`.
+        log_every: Steps between two lines of its steps.csv.
+        tensorboard: Whether to write TensorBoard events to `run_dir` too.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -196,8 +220,9 @@ def heal(
         DataError: The images are missing, unreadable, or not what the model takes.
         NonFiniteLoss: A loss stopped being finite; names stage, step and block.
         CheckpointError: The run_dir belongs to another run, or cannot be written.
-        InvalidOption: A number is out of range, or nothing is to be done.
-        MissingExtra: accelerate is not installed.
+        InvalidOption: A number is out of range, a name is unknown, nothing is to be
+            done, or nothing new is there to move.
+        MissingExtra: accelerate, or the TensorBoard asked for, is not installed.
     """
     options = RunOptions(
         batch_size=batch_size,
@@ -207,14 +232,16 @@ def heal(
         num_workers=num_workers,
         checkpoint_every=checkpoint_every,
         max_grad_norm=max_grad_norm,
+        accumulation=accumulation,
+        precision=precision,
+        ema_decay=ema_decay,
+        log_every=log_every,
+        tensorboard=tensorboard,
     )
+    alone = not (block_epochs or logit_epochs)
     config: dict[str, Any] = {
         "refit_images": refit_images,
-        "refit_unswapped": (
-            block_epochs == logit_epochs == 0
-            if refit_unswapped is None
-            else refit_unswapped
-        ),
+        "refit_unswapped": alone if refit_unswapped is None else refit_unswapped,
         "block_epochs": block_epochs,
         "logit_epochs": logit_epochs,
         "block_learning_rate": block_learning_rate,
@@ -225,91 +252,94 @@ def heal(
         "feature_weight": feature_weight,
         "augment": augment,
     }
-    _require_sound(config)
+    _require_sound(config, inherited_rate_factor, ema_decay)
     pair = Pair(student, teacher, temperature, feature_weight)
-    source = image_source(
-        student, images, labelled=False, max_unreadable=max_unreadable
-    )
+    factors = pair.rate_factors(inherited_rate_factor)
+    limit = max_unreadable
+    source = image_source(student, images, labelled=False, max_unreadable=limit)
     config |= {
         "verb": "heal",
         "student": fingerprint(student, values=False),
         "converted": [repr(site) for site in pair.student_sites],
         "teacher": fingerprint(teacher, values=True),
     }
-    blocks, logits = _stages(pair, config)
+    if factors:
+        # Left out for 1: folders of runs from before the factor existed go on.
+        config["inherited_rate_factor"] = inherited_rate_factor
+    told = dict(config)
+    if isinstance(augment, Augmentation):
+        source.require_augmentable(augment)
+        told["augment"] = augment.to_json()
     with (
         keeping_modes(student, teacher),
-        Run(student, source, options, config, beside=[teacher]) as run,
+        Run(student, source, options, told, beside=[teacher]) as run,
     ):
-        teacher.eval()
-        pair.set_student_mode()
         if not run.finished:
-            sample = source.sample(_SAMPLE).images
-            pair.require_accepted(sample, source.where)
-            if "before" not in run.notes:
-                # One after the other with no checkpoint between them: a run that goes
-                # on has both behind it, or neither.
-                run.notes["before"] = pair.measure(sample)
-                run.notes["refits"] = _refit(pair, source, config)
-            run.perform(blocks)
-            run.perform(logits)
-            run.notes.update({"after": pair.measure(sample), "sample": len(sample)})
-            run.finish()
+            _perform(run, pair, source, config, factors)
         return _result(run, source, options)
 
 
-def _refit(
-    pair: Pair, source: ImageSource, config: dict[str, Any]
-) -> list[dict[str, Any]]:
-    count = config["refit_images"]
-    if not count:
-        return []
-    pixels = source.sample(1).images[0, 0].numel()
-    # What goes into a block is held for all of them: as much as usual, no more.
-    images = source.sample(min(count, _share_of(512, pixels))).images
-    found = refit(
-        pair,
-        images,
-        unswapped=config["refit_unswapped"],
-        batch_size=_share_of(32, pixels),
-    )
-    if not found and config["block_epochs"] == config["logit_epochs"] == 0:
-        raise NotHealable(
-            asked=f"refit_images={count}",
-            found="no converted block of this model ends in a matrix that is known",
-            why="without epochs, solving for such matrices is all there is to do",
-            fix="Train: leave block_epochs and logit_epochs out.",
+def _perform(
+    run: Run,
+    pair: Pair,
+    source: ImageSource,
+    config: dict[str, Any],
+    factors: dict[str, float | int],
+) -> None:
+    """Refit, and follow both stages, from wherever the run stopped last."""
+    pair.teacher.eval()
+    pair.set_student_mode()
+    sample = source.sample(_SAMPLE).images
+    pair.require_accepted(sample, source.where)
+    if "before" not in run.notes:
+        # One after the other with no checkpoint between them: a run that goes
+        # on has both behind it, or neither.
+        run.notes["before"] = pair.measure(sample)
+        found = refit_on(
+            pair,
+            source,
+            config["refit_images"],
+            unswapped=config["refit_unswapped"],
+            alone=not _trains(config),
         )
-    return [asdict(one) for one in found]
+        run.notes["refits"] = [asdict(one) for one in found]
+    for stage in _stages(pair, config, factors):
+        pair.take_sizes({})
+        run.perform(stage)
+    run.settle()
+    run.notes.update({"after": pair.measure(sample), "sample": len(sample)})
+    run.finish()
 
 
-def _share_of(count: int, pixels: int) -> int:
-    """How many images hold as many pixels as so many of 224 x 224."""
-    return max(1, count * 224**2 // pixels)
-
-
-def _stages(pair: Pair, config: dict[str, Any]) -> tuple[Stage, Stage]:
+def _stages(
+    pair: Pair, config: dict[str, Any], factors: dict[str, float | int]
+) -> tuple[Stage, Stage]:
+    common: dict[str, Any] = {
+        "weight_decay": config["weight_decay"],
+        "warmup_epochs": config["warmup_epochs"],
+        "augment": config["augment"],
+        "rate_factors": factors,
+        "resize": pair.take_sizes,
+    }
     blocks = Stage(
         name="blocks",
         epochs=config["block_epochs"],
         learning_rate=config["block_learning_rate"],
-        weight_decay=config["weight_decay"],
-        warmup_epochs=config["warmup_epochs"],
         trains=pair.differing,
         loss=pair.block_losses,
         blame=pair.blame_block,
-        augment=config["augment"],
+        sizes=pair.block_sizes,
+        **common,
     )
     logits = Stage(
         name="logits",
         epochs=config["logit_epochs"],
         learning_rate=config["learning_rate"],
-        weight_decay=config["weight_decay"],
-        warmup_epochs=config["warmup_epochs"],
         trains=("",),
         loss=pair.logit_losses,
         blame=pair.blame_logits,
-        augment=config["augment"],
+        sizes=pair.logit_sizes,
+        **common,
     )
     return blocks, logits
 
@@ -342,9 +372,21 @@ def _both(
     return None if earlier is None or later is None else (earlier, later)
 
 
-def _require_sound(config: dict[str, Any]) -> None:
-    parts = ("refit_images", "block_epochs", "logit_epochs")
-    if not any(config[name] for name in parts):
+def _trains(config: dict[str, Any]) -> bool:
+    return bool(config["block_epochs"] or config["logit_epochs"])
+
+
+def _require_sound(
+    config: dict[str, Any], factor: float | int, ema_decay: float | int | None
+) -> None:
+    require_positive("inherited_rate_factor", factor, zero=True)
+    if ema_decay is not None and not _trains(config):
+        raise InvalidOption(
+            asked=f"ema_decay={ema_decay}, block_epochs=0, logit_epochs=0",
+            found="without epochs there are no weights to average",
+            fix="Leave ema_decay out.",
+        )
+    if not (config["refit_images"] or _trains(config)):
         raise InvalidOption(
             asked="refit_images=0, block_epochs=0, logit_epochs=0",
             found="then there is nothing to do",
@@ -352,12 +394,6 @@ def _require_sound(config: dict[str, Any]) -> None:
         )
     for name in ("block_learning_rate", "learning_rate", "temperature"):
         require_positive(name, config[name])
-    for name in (
-        "refit_images",
-        "block_epochs",
-        "logit_epochs",
-        "weight_decay",
-        "warmup_epochs",
-        "feature_weight",
-    ):
+    names = ("refit_images", "block_epochs", "logit_epochs", "weight_decay")
+    for name in (*names, "warmup_epochs", "feature_weight"):
         require_positive(name, config[name], zero=True)

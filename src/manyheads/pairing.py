@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.data import Batch
-from manyheads.errors import NotHealable
+from manyheads.errors import InvalidOption, NotHealable
 from manyheads.hosts import Site, find_host, host_of, is_random, respond
 from manyheads.loop.probes import Recorder, broken_block, first, like, try_one
 from manyheads.loop.weights import keeping_modes
@@ -46,6 +47,7 @@ class Pair:
         self.paths = tuple(site.path for site in self.teacher_sites)
         self.differing = _differing(self.student_sites, self.teacher_sites)
         self.scored = True
+        self._sizes: Mapping[str, float] = {}
         self._shown: torch.Size | None = None
 
     def set_student_mode(self) -> None:
@@ -88,7 +90,7 @@ class Pair:
             args = [like(value, self.student) for value in calls[path].args]
             kwargs = {k: like(v, self.student) for k, v in calls[path].kwargs.items()}
             output = first(self.student.get_submodule(path)(*args, **kwargs))
-            losses[path] = _relative_error(output, calls[path].output)
+            losses[path] = self._error(path, output, calls[path].output)
         return losses
 
     def logit_losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -101,11 +103,54 @@ class Pair:
         if self.scored:
             losses = {"logits": _divergence(answer, target, self.temperature)}
         else:
-            losses = {"answer": _relative_error(answer, target)}
+            losses = {"answer": self._error("answer", answer, target)}
         if self.feature_weight:
-            error = _relative_error(learned[last[0]].output, taught[last[0]].output)
-            losses["features"] = self.feature_weight * error
+            outputs = learned[last[0]].output, taught[last[0]].output
+            losses["features"] = self.feature_weight * self._error("features", *outputs)
         return losses
+
+    @torch.no_grad()
+    def block_sizes(self, batch: Batch) -> dict[str, float]:
+        """Give what the losses of blocks are divided by, for these images alone."""
+        with Recorder(self.teacher, self.differing) as calls:
+            respond(self.teacher, like(batch.images, self.teacher))
+        return {path: float(_size(calls[path].output)) for path in self.differing}
+
+    @torch.no_grad()
+    def logit_sizes(self, batch: Batch) -> dict[str, float]:
+        """Give what relative errors are divided by at the end; scores have none."""
+        if self.scored and not self.feature_weight:
+            return {}
+        with Recorder(self.teacher, self.paths[-1:]) as calls:
+            answer = respond(self.teacher, like(batch.images, self.teacher))
+        sizes = {} if self.scored else {"answer": float(_size(answer))}
+        if self.feature_weight:
+            sizes["features"] = float(_size(calls[self.paths[-1]].output))
+        return sizes
+
+    def take_sizes(self, sizes: Mapping[str, float]) -> None:
+        """Divide losses by these from now on: sizes of a whole batch."""
+        self._sizes = sizes
+
+    def rate_factors(self, factor: float | int) -> dict[str, float | int]:
+        """Give a factor to every parameter that the teacher has too, in the same shape.
+
+        Raises:
+            InvalidOption: It is 0, and no other parameter is there to move.
+        """
+        if factor == 1:
+            return {}
+        theirs = {name: p.shape for name, p in self.teacher.named_parameters()}
+        ours = {name: p.shape for name, p in self.student.named_parameters()}
+        inherited = [name for name in ours if ours[name] == theirs.get(name)]
+        if factor == 0 and len(inherited) == len(ours):
+            raise InvalidOption(
+                asked="inherited_rate_factor=0",
+                found="the teacher has every parameter of this student, in its shape",
+                why="then none is left to move: Hydra, for one, brings no new ones",
+                fix="Leave it out, or take a lower learning_rate.",
+            )
+        return dict.fromkeys(inherited, factor)
 
     @torch.no_grad()
     def blame_block(self, batch: Batch) -> str:
@@ -140,6 +185,7 @@ class Pair:
             self.student.eval()
             for part in torch.split(images, 64):
                 share = len(part) / len(images)
+                self.take_sizes({})
                 for path, loss in self.block_losses(Batch(part, part)).items():
                     errors[path] += share * float(loss)
                 answer = respond(self.student, like(part, self.student))
@@ -156,6 +202,9 @@ class Pair:
             "agreement": agreement / len(images) if self.scored else None,
             "feature_error": None if self.scored else distance,
         }
+
+    def _error(self, name: str, output: Tensor, target: Tensor) -> Tensor:
+        return _relative_error(output, target, self._sizes.get(name))
 
     def _show_grid(self, images: Tensor) -> None:
         """Run the whole student once where images have a new size.
@@ -213,17 +262,27 @@ def _differing(ours: tuple[Site, ...], theirs: tuple[Site, ...]) -> tuple[str, .
     return tuple(paths)
 
 
-def _relative_error(output: Tensor, target: Tensor) -> Tensor:
+def _relative_error(
+    output: Tensor, target: Tensor, size: float | None = None
+) -> Tensor:
     """Squared error over squared target, in float32 or wider."""
     wide = target.to(output.device, torch.promote_types(output.dtype, torch.float32))
-    scale = wide.square().mean().clamp_min(torch.finfo(wide.dtype).tiny)
-    return (output.to(wide.dtype) - wide).square().mean() / scale
+    error = (output.to(wide.dtype) - wide).square().mean()
+    scale = wide.square().mean() if size is None else wide.new_tensor(size)
+    return error / scale.clamp_min(torch.finfo(wide.dtype).tiny)
+
+
+def _size(target: Tensor) -> Tensor:
+    """Mean square of a target, in float32 or wider."""
+    wide = torch.promote_types(target.dtype, torch.float32)
+    return target.to(wide).square().mean()
 
 
 def _divergence(scores: Tensor, target: Tensor, temperature: float | int) -> Tensor:
-    """How far the student's scores are from the teacher's, at one temperature."""
-    ours = F.log_softmax(scores.float() / temperature, dim=-1)
-    theirs = F.log_softmax(target.float().to(scores.device) / temperature, dim=-1)
+    """How far scores are from the teacher's, in float32 or wider."""
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    ours = F.log_softmax(scores.to(wide) / temperature, dim=-1)
+    theirs = F.log_softmax(target.to(scores.device, wide) / temperature, dim=-1)
     divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
     return divergence * temperature**2
 

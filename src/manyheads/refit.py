@@ -14,14 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from manyheads.errors import ManyheadsError, NonFiniteLoss
+from manyheads.data import ImageSource
+from manyheads.errors import ManyheadsError, NonFiniteLoss, NotHealable
 from manyheads.ffn import Branches, CompactLinear, Pointwise
 from manyheads.hosts import Site, respond
 from manyheads.loop.probes import Call, Recorder, first, like
 from manyheads.loop.weights import keeping_modes
 from manyheads.pairing import Pair
 
-__all__ = ["LeastSquares", "Refit", "refit"]
+__all__ = ["LeastSquares", "Refit", "refit", "refit_on"]
 
 _RIDGE = 1e-4
 
@@ -148,6 +149,43 @@ def refit(
                 tensor.copy_(before)
             raise
     return tuple(done)
+
+
+def refit_on(
+    pair: Pair, source: ImageSource, count: int, *, unswapped: bool, alone: bool
+) -> tuple[Refit, ...]:
+    """Refit on some images of a source, on fewer where they are large.
+
+    Args:
+        pair: Student, which changes, and teacher.
+        source: Where images come from.
+        count: How many of 224 x 224 pixels; 0 for no refit.
+        unswapped: As in `refit`.
+        alone: Whether nothing else follows, so that it has to find something.
+
+    Raises:
+        NotHealable: It is all there is, and no matrix was found.
+    """
+    if not count:
+        return ()
+    pixels = source.sample(1).images[0, 0].numel()
+    # What goes into a block is held for all of them: as much as usual, no more.
+    images = source.sample(min(count, _share_of(512, pixels))).images
+    batch_size = _share_of(32, pixels)
+    found = refit(pair, images, unswapped=unswapped, batch_size=batch_size)
+    if alone and not found:
+        raise NotHealable(
+            asked=f"refit_images={count}",
+            found="no converted block of this model ends in a matrix that is known",
+            why="without epochs, solving for such matrices is all there is to do",
+            fix="Train: leave block_epochs and logit_epochs out.",
+        )
+    return found
+
+
+def _share_of(count: int, pixels: int) -> int:
+    """How many images hold as many pixels as so many of 224 x 224."""
+    return max(1, count * 224**2 // pixels)
 
 
 class _Block:

@@ -2,8 +2,9 @@
 
     average  <-  d average + (1 - d) weights        d = min(decay, t / (10 + t))
 
-after update t. The cap makes a short run the average of about its last tenth, instead
-of the weights that it began with; after 10 decay / (1 - decay) updates d is the decay.
+after update t of a stage; every stage averages anew. The cap makes a short run the
+average of about its last tenth, instead of the weights that it began with; after
+10 decay / (1 - decay) updates d is the decay.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ class Average:
         """The model with the averaged weights."""
         module: nn.Module = self._ema.module
         return module
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Start anew from the weights as they are."""
+        torch._foreach_copy_(_tensors(self.module), _tensors(self.model))
 
     def update(self, done: int) -> None:
         """Take in the weights after so many updates."""

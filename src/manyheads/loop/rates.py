@@ -3,12 +3,13 @@
 rate(t) = peak t / warmup                                 while it rises
           peak (1 + cos(pi t / total)) / 2                afterwards
 layer i of n:  rate(t) decay^(n - i)                      with layer-wise decay
+parameter p:   rate(t) factor(p)                          where the stage has factors
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import takewhile
 from typing import Any
@@ -31,7 +32,7 @@ def optimizer_and_schedule(
 
     Args:
         model: Its `group_matcher`, or else its host, says which layer is which.
-        stage: Rate, decay and length.
+        stage: Rate, decay, length, and factors of some parameters.
         options: Whether rates fall from layer to layer.
         per_epoch: Steps of an epoch.
 
@@ -45,6 +46,7 @@ def optimizer_and_schedule(
             weight_decay=stage.weight_decay,
             layer_decay=options.layer_decay,
         )
+    _set_apart(optimizer, model, stage.rate_factors)
     total = per_epoch * stage.epochs
     schedule = CosineLRScheduler(
         optimizer,
@@ -54,6 +56,30 @@ def optimizer_and_schedule(
         t_in_epochs=False,
     )
     return optimizer, schedule
+
+
+def _set_apart(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    factors: Mapping[str, float | int],
+) -> None:
+    """Give parameters with a factor groups of their own; the scheduler obeys those."""
+    if not factors:
+        return
+    named = dict(model.named_parameters())
+    factor_of = {id(named[name]): factor for name, factor in factors.items()}
+    groups = []
+    for group in optimizer.param_groups:
+        apart: dict[float | int, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                factor = factor_of.get(id(parameter), 1)
+                apart.setdefault(factor, []).append(parameter)
+        groups += [
+            {**group, "params": held, "lr_scale": group.get("lr_scale", 1.0) * factor}
+            for factor, held in apart.items()
+        ]
+    optimizer.param_groups[:] = groups
 
 
 @contextmanager

@@ -186,7 +186,10 @@ class Run:
             keeping_randomness(next(self.model.parameters()).device),
             progress_bar(show) as bar,
         ):
-            free_only(self.model, stage.trains)
+            still = [name for name, factor in stage.rate_factors.items() if not factor]
+            free_only(self.model, stage.trains, but=still)
+            if self._average is not None and stage.epochs and not self._position.step:
+                self._average.begin()
             overflows = self._follow(stage, bar)
         self._position.end_stage(stage.name, overflows)
         self._save(None)
@@ -260,7 +263,7 @@ class Run:
         here.recent_sum += loss
         here.recent_count += 1
         if self._average is not None:
-            self._average.update(here.total + 1)
+            self._average.update(here.step + 1)
 
     def _log_step(
         self, stage: Stage, optimizer: Any, speed: Speed, per_epoch: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,12 @@ class Stage:
         blame: Names the place at which a batch stops being finite.
         augment: What happens to images: an augmentation, or whether pictures get
             random crops and flips.
+        rate_factors: Factor of the learning rate of some parameters, by their names;
+            0 holds them still.
+        sizes: Gives means over the images of a batch by which the loss of all of it is
+            divided, and `resize` takes those of all processes and parts. Asked only
+            where a batch is worked on in pieces, which cannot know them.
+        resize: See `sizes`.
         num_classes: Classes of the model, where an augmentation softens labels; None
             where labels are not looked at.
         after_epoch: Called with the number of epochs done; what it gives is recorded,
@@ -59,6 +65,9 @@ class Stage:
     loss: Callable[[Batch], Losses]
     blame: Callable[[Batch], str]
     augment: bool | Augmentation
+    rate_factors: Mapping[str, float | int] = field(default_factory=dict)
+    sizes: Callable[[Batch], Mapping[str, float]] | None = None
+    resize: Callable[[Mapping[str, float]], None] | None = None
     num_classes: int | None = None
     after_epoch: Callable[[int], dict[str, float]] | None = None
     told: Callable[[], str] | None = None

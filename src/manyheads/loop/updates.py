@@ -5,7 +5,9 @@
     gradient  sum over p and k          so it is that of the mean over all N images
 
 Wherever an image is worked on, it counts the same: shares may be uneven, and images
-that could not be read are simply not there. Losses must be means over images for that.
+that could not be read are simply not there. Losses must be means over images for that;
+where they are divided by a mean over the batch, that of all processes and parts is
+found first.
 """
 
 from __future__ import annotations
@@ -109,6 +111,7 @@ class Updater:
                 weights are the last ones whose loss was finite.
         """
         parts = self._parts(batch)
+        self._share_sizes(parts, len(batch.images), images)
         total, broken = 0.0, None
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
@@ -186,6 +189,23 @@ class Updater:
             )
             for at in range(0, count, size)
         ]
+
+    def _share_sizes(self, parts: list[Batch], ours: int, images: int) -> None:
+        """Let every piece of a batch know what the loss of all of it is divided by."""
+        stage, options = self.stage, self.options
+        whole = self.processes.count == options.accumulation == 1
+        if whole or stage.sizes is None or stage.resize is None:
+            return
+        found: dict[str, float] = {}
+        for part in parts:
+            weight = len(part.images) / images if ours else 0.0
+            with torch.no_grad(), autocast(self.model, options.precision):
+                sizes = stage.sizes(part)
+            for name, size in sizes.items():
+                found[name] = found.get(name, 0.0) + weight * size
+        if found:
+            shared = self.processes.sum(*found.values())
+            stage.resize(dict(zip(found, shared, strict=True)))
 
     def _alone(self) -> Any:
         """Keep gradients to this process for now."""

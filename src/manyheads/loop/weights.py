@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -93,11 +93,21 @@ def seed_all(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def free_only(model: nn.Module, paths: tuple[str, ...]) -> None:
-    """Let the parameters of these modules move, and no others; "" is the model."""
+def free_only(
+    model: nn.Module, paths: tuple[str, ...], *, but: Iterable[str] = ()
+) -> None:
+    """Let the parameters of these modules move, and no others.
+
+    Args:
+        model: The model.
+        paths: Modules; "" is the whole model.
+        but: Names of parameters that are held still wherever they are.
+    """
     model.requires_grad_(False)
     for path in paths:
         model.get_submodule(path).requires_grad_(True)
+    for name in but:
+        model.get_parameter(name).requires_grad_(False)
 
 
 def fingerprint(model: nn.Module, *, values: bool) -> str:
