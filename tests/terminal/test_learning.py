@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,6 +253,38 @@ def test_only_the_first_of_two_processes_speaks_and_writes(
     kept = json.loads((tmp_path / "run" / "config.json").read_text())
     assert kept == found["config"]
     assert mh.load(tmp_path / "out").head.out_features == 10
+
+
+@pytest.mark.parametrize("verb", ["train", "heal", "evaluate"])
+def test_unreadable_pictures_are_listed_by_path_at_the_end(
+    terminal: Terminal, teacher: str, pictures: str, verb: str, tmp_path: Path
+) -> None:
+    photos = Path(shutil.copytree(pictures, tmp_path / "photos"))
+    (photos / "class3" / "broken.png").write_text("no picture")
+    (photos / "class3" / "cut.png").write_bytes(b"\x89PNG\r\n")
+    words = [verb, teacher, str(photos), "--max-unreadable", "0.2", *QUICK]
+    if verb == "heal":
+        student = str(tmp_path / "student")
+        terminal("convert", teacher, "--attention", "hydra", "--out", student)
+        words[1:2] = [student, teacher]
+        words += ["--block-epochs", "0", "--logit-epochs", "1"]
+    words += ["--epochs", "1"] if verb == "train" else []
+    words += [] if verb == "evaluate" else ["--out", str(tmp_path / "out")]
+    code, out, err = terminal(*words)
+    assert code == 0, err
+    assert "2 skipped" in out
+    end = err[err.index("Warning: 2 pictures could not be read") :].splitlines()
+    assert [line.strip() for line in end[1:]] == [
+        str(Path("class3", "broken.png")),
+        str(Path("class3", "cut.png")),
+    ]
+    words[words.index("0.2")] = "0.05"
+    if verb != "evaluate":
+        words[-1] += "-not"
+    said = terminal.refusal(*words)
+    assert "class3" in said
+    assert "max_unreadable" in said
+    assert not (tmp_path / "out-not").exists()
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "there"])

@@ -94,6 +94,8 @@ def test_text_becomes_what_the_annotation_says(
         ("augment", {"area": [0.3, 1], "flip": 0}, Jitter(area=(0.3, 1), flip=0)),
         ("stages", [7], (7,)),
         ("held_out", "photos", "photos"),
+        ("limit", "none", None),
+        ("run_dir", "none", None),
         ("progress", False, False),
     ],
 )
@@ -110,6 +112,7 @@ def test_values_of_a_file_are_taken_as_they_are(
     [
         ("epochs", True, ["epochs = True", "a whole number", "run.toml"]),
         ("epochs", 1.5, ["1.5"]),
+        ("rate", "none", ["'none'", "a number"]),
         ("rate", "fast", ["'fast'", "a number", "0.001"]),
         ("mode", "sotf", ["'sotf'", "'soft', 'hard'"]),
         ("augment", {"flp": 1}, ["'flp'", "Did you mean 'flip'"]),

@@ -7,7 +7,7 @@ All of them may come from one file, and what a run was told is kept with it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +48,9 @@ RECIPES = {"deit": Published(options=training.DEIT, model=training.DEIT_MODEL)}
 """Published settings of training, by name."""
 _BESIDE = "command.json"
 """What a written model says of the command that made it."""
+
+_LISTED = 100
+"""Unreadable pictures that are named one by one."""
 
 _NOTHING = Published(options={}, model={})
 
@@ -127,6 +130,7 @@ def _command(
         if writes:
             _write(named[0], Path(values["out"]), again)
         show(found, as_json=as_json, models=named, config=again)
+        _list_skipped(found.skipped)
 
     parameters = [word.parameter() for word in words]
     for name, annotation, default in (
@@ -178,6 +182,17 @@ def _recipe(name: str, known: Mapping[str, Published]) -> Published:
             fix=nearest(name, known) if known else "Leave --recipe out.",
         )
     return known[name]
+
+
+def _list_skipped(skipped: Sequence[str]) -> None:
+    """Say where the pictures lie that could not be read."""
+    if not skipped:
+        return
+    lines = [f"Warning: {len(skipped)} pictures could not be read and were left out:"]
+    lines += [f"  {name}" for name in skipped[:_LISTED]]
+    if len(skipped) > _LISTED:
+        lines.append(f"  and {len(skipped) - _LISTED} more; --json gives them all")
+    note("\n".join(lines))
 
 
 def _write(named: NamedModel, out: Path, again: dict[str, Any]) -> None:

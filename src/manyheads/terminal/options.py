@@ -35,6 +35,7 @@ __all__ = ["REQUIRED", "Word", "option_value", "plain_value", "words_of"]
 REQUIRED = inspect.Parameter.empty
 """The default of a word that must be given."""
 
+_NONE = "none"
 _LISTS = (tuple, list, Sequence)
 
 
@@ -152,6 +153,9 @@ def option_value(word: Word, value: Any, where: str) -> Any:
     candidates = [value]
     if isinstance(value, str) and where.startswith("--"):
         candidates = [_from_text(value), value]
+    elif type(None) in word.kinds and str(value).lower() == _NONE:
+        # TOML has no other way to say it.
+        candidates = [None]
     for candidate in candidates:
         for kind in word.kinds:
             fits, made = _as_kind(candidate, kind, f"{where}.{word.name}")
@@ -325,7 +329,7 @@ def _advice(word: Word) -> str:
 def _shown(default: Any) -> str:
     """Write a default as a reader of the help would type it."""
     if default is None:
-        return "none"
+        return _NONE
     if isinstance(default, bool):
         return str(default).lower()
     return str(plain_value(default))
