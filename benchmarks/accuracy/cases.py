@@ -199,7 +199,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "refit_logits_temperature_2": ONCE | {"temperature": 2.0},
     "refit_logits_4_passes": {"block_epochs": 0, "logit_epochs": 4},
     "refit_logits_15_passes": {"block_epochs": 0, "logit_epochs": 15},
+    "refit_logits_new_rate_1e-2": ONCE
+    | {"learning_rate": 1e-2, "inherited_rate_factor": 0.1},
+    "refit_logits_inherited_rate_1e-4": ONCE | {"inherited_rate_factor": 0.1},
 }
+# Hydra has no new parameters: with the usual rate for inherited ones nothing differs.
+WITHOUT = {("refit_logits_new_rate_1e-2", "hydra_all")}
 ORDERS = {
     "last_blocks_first": ((4, 5), (2, 3), (0, 1)),
     "first_blocks_first": ((0, 1), (2, 3), (4, 5)),
@@ -221,6 +226,7 @@ def _ways(setting: Setting, models: tuple[str, ...]) -> tuple[Case, ...]:
         )
         for way, options in WAYS.items()
         for model in models
+        if (way, model) not in WITHOUT
     ]
     in_turn = [
         Case(
