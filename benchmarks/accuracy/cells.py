@@ -178,7 +178,7 @@ class Cell:
         if count < 1:
             raise ValueError(f"{self.case.name}: the refit alone is above the budget")
         views = self._views(count, labelled=False)
-        told |= self._common(part)
+        told = self._common(part) | told
         healed = heal(student, teacher, views, **told)
         work = healing_work(student, teacher, passes * count, looked_at)
         return _work(passes * count, work, options, healed)
