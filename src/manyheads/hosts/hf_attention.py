@@ -6,19 +6,22 @@ that converted layers and others stand side by side in one model.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from manyheads.attention import Mechanism
-from manyheads.errors import MaskRefused
+from manyheads.errors import ManyheadsError, MaskRefused
 from manyheads.geometry import Grid
 from manyheads.hosts.base import TokenGrid, mechanism_of
 
-__all__ = ["NAME", "manyheads_attention", "manyheads_mask", "register"]
+__all__ = ["NAME", "guard", "manyheads_attention", "manyheads_mask", "register"]
 
 NAME = "manyheads"
+# What transformers calls the form that builds maps, in each of its modules.
+_EAGER = "eager_attention_forward"
 
 
 def register() -> None:
@@ -27,6 +30,43 @@ def register() -> None:
 
     AttentionInterface.register(NAME, manyheads_attention)
     AttentionMaskInterface.register(NAME, manyheads_mask)
+
+
+class _Guard:
+    """Forward pre-hook of converted layers: the function must still be ours.
+
+    The configuration chooses it, and whoever changes that, as `set_attn_implementation`
+    does, would have softmax in the mechanism's place without a word.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Unpickle in a process that never converted a model: register there."""
+        return _new_guard, ()
+
+    def __call__(self, module: Any, _: tuple[Any, ...]) -> None:
+        chosen = module.config._attn_implementation
+        if chosen != NAME:
+            raise ManyheadsError(
+                asked=f"running {module.core.spec} with the attention implementation "
+                f"{chosen!r}",
+                found=f"only {NAME!r} calls the mechanism of a converted layer",
+                where=type(module).__name__,
+                why="any other would compute softmax in its place",
+                fix=f"Set config._attn_implementation = {NAME!r} again on the vision "
+                "tower; layers without a mechanism use sdpa there.",
+            )
+
+
+def _new_guard() -> _Guard:
+    register()
+    return _Guard()
+
+
+def guard(attention: nn.Module) -> None:
+    """Have a converted layer check, once, that it is called through our function."""
+    hooks = attention._forward_pre_hooks.values()
+    if not any(isinstance(hook, _Guard) for hook in hooks):
+        attention.register_forward_pre_hook(_Guard())
 
 
 def manyheads_attention(
@@ -55,6 +95,13 @@ def manyheads_attention(
             module, query, key, value, attention_mask, scaling, dropout, is_causal,
             options,
         )  # fmt: skip
+    if options.get("position_bias") is not None:
+        raise MaskRefused(
+            asked=f"a layer converted to {core.spec} was called with a position bias",
+            found=f"a bias of shape {list(options['position_bias'].shape)} on pairs",
+            why="ignoring it would change the model in silence",
+            fix="Leave layers with a relative position bias out of the recipe.",
+        )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
     if causal:
         raise MaskRefused(
@@ -99,11 +146,21 @@ def _library_attention(
     dropout: float,
     is_causal: bool | None,
     options: dict[str, Any],
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None, None, :]
+    eager = getattr(sys.modules[type(module).__module__], _EAGER, None)
+    if options.get("output_attentions") and eager is not None and not is_causal:
+        # sdpa gives no maps, and a layer that gave none would be missing in the list.
+        if mask is not None and mask.dtype is torch.bool:
+            lowest = torch.finfo(query.dtype).min
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
+        mixed, maps = eager(
+            module, query, key, value, mask, scaling=scaling, dropout=dropout, **options
+        )
+        return mixed, maps
     mixed, _ = sdpa_attention_forward(
         module,
         query,

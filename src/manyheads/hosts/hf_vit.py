@@ -116,6 +116,7 @@ class HuggingFaceViT(Host):
                 setattr(attention, name, RealHeads(projection, kept))
         # One configuration serves the whole tower, and no other.
         attention.config._attn_implementation = hf_attention.NAME
+        hf_attention.guard(attention)
         return attention  # type: ignore[no-any-return]
 
     def permute_heads(self, model: nn.Module, site: Site, order: Sequence[int]) -> None:
