@@ -144,6 +144,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "odd field": (lambda f: _edit(f, hook="os.system"), "hook"),
     "library": (lambda f: _edit(f, host="elsewhere"), "'elsewhere'"),
     "type": (lambda f: _edit(f, dtype="object"), "'object'"),
+    "buffer": (lambda f: _edit(f, buffers={"bias": "float16"}), "unknown buffer"),
+    "buffers": (lambda f: _edit(f, buffers=[]), "wrong or missing fields"),
     "recipe": (lambda f: _edit(f, recipe={"version": 1}), "do not fit"),
     "other model": (
         lambda f: _edit(

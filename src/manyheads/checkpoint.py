@@ -28,7 +28,7 @@ from torch import nn
 
 from manyheads.attention import Softmax
 from manyheads.errors import CheckpointError, ManyheadsError
-from manyheads.hosts import find_host, host_named
+from manyheads.hosts import Host, find_host, host_named
 from manyheads.recipe import Recipe
 from manyheads.surgery import apply_swaps, blank_copy, current_recipe, plan_swaps
 
@@ -75,8 +75,11 @@ def save(model: nn.Module, path: str | Path) -> Path:
         "host": host.name,
         "model": host.describe(model),
         "recipe": recipe.to_dict() if recipe else None,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": _name(next(model.parameters()).dtype),
     }
+    buffers = _of_other_types(model, next(model.parameters()).dtype)
+    if buffers:
+        card["buffers"] = buffers
     with _new_folder(target) as folder:
         save_model(model, str(folder / WEIGHTS), metadata={"format": "pt"})
         card["sha256"] = _digest(folder / WEIGHTS)
@@ -105,9 +108,8 @@ def load(path: str | Path) -> nn.Module:
     weights = folder / WEIGHTS
     if not weights.is_file() or _digest(weights) != card["sha256"]:
         raise _damaged(folder, f"{WEIGHTS} is missing, cut short or altered")
-    with torch.random.fork_rng(devices=[]):
-        skeleton = host.rebuild(card["model"]).to(_dtype(card, folder))
-    model = blank_copy(skeleton)
+    skeleton = _skeleton(host, card, folder)
+    model = blank_copy(skeleton, keep=_unwritten(skeleton).values())
     try:
         if card["recipe"] is not None:
             recipe = Recipe.from_dict(card["recipe"], where=str(folder / CARD))
@@ -115,7 +117,6 @@ def load(path: str | Path) -> nn.Module:
         state = load_file(weights)
         _restore_shared(model, state)
         model.load_state_dict(state, strict=True, assign=True)
-        _restore_buffers(model, skeleton)
     except (SafetensorError, RuntimeError, ManyheadsError) as error:
         raise _damaged(folder, f"its parts do not fit: {error}") from error
     return model.eval()
@@ -163,22 +164,62 @@ def _read_card(folder: Path) -> dict[str, Any]:
         raise _damaged(
             folder, f"it is version {card.get('version')!r}, this reads {VERSION}"
         )
-    if set(card) != fields or not isinstance(card["model"], dict):
-        odd = sorted(set(card) ^ fields) or ["model"]
+    fields |= card.keys() & {"buffers"}
+    dictionaries = card.get("model"), card.get("buffers", {})
+    if set(card) != fields or not all(isinstance(d, dict) for d in dictionaries):
+        odd = sorted(set(card) ^ fields) or ["model or buffers"]
         raise _damaged(folder, f"{CARD} has wrong or missing fields: {', '.join(odd)}")
     return card
 
 
-def _dtype(card: dict[str, Any], folder: Path) -> torch.dtype:
+def _skeleton(host: Host, card: dict[str, Any], folder: Path) -> nn.Module:
+    """Build the model that the card describes, with its buffers of the right types."""
+    with torch.random.fork_rng(devices=[]):
+        model = host.rebuild(card["model"])
+    built = dict(model.named_buffers())
+    model.to(_dtype(card["dtype"], folder))
+    for name, kind in card.get("buffers", {}).items():
+        if name not in built:
+            raise _damaged(folder, f"it names the unknown buffer {name!r}")
+        parent_path, _, leaf = name.rpartition(".")
+        wanted = built[name].to(_dtype(kind, folder))
+        model.get_submodule(parent_path)._buffers[leaf] = wanted
+    return model
+
+
+def _unwritten(model: nn.Module) -> dict[str, torch.Tensor]:
+    """List the buffers that no state dict holds: the library computes them."""
+    written = model.state_dict().keys()
+    return {n: b for n, b in model.named_buffers() if n not in written}
+
+
+def _of_other_types(model: nn.Module, usual: torch.dtype) -> dict[str, str]:
+    """Name the types of computed buffers that did not follow the parameters.
+
+    `from_pretrained(dtype=torch.bfloat16)` leaves the frequencies of a rotation wide;
+    `model.bfloat16()` narrows them. Either must come back as it was.
+    """
+    return {
+        name: _name(buffer.dtype)
+        for name, buffer in _unwritten(model).items()
+        if buffer.is_floating_point() and buffer.dtype != usual
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: object, folder: Path) -> torch.dtype:
     known = {
         "float64": torch.float64,
         "float32": torch.float32,
         "float16": torch.float16,
         "bfloat16": torch.bfloat16,
     }
-    if card["dtype"] not in known:
-        raise _damaged(folder, f"it names the unknown type {card['dtype']!r}")
-    return known[card["dtype"]]
+    if not isinstance(name, str) or name not in known:
+        raise _damaged(folder, f"it names the unknown type {name!r}")
+    return known[name]
 
 
 def _restore_shared(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -192,15 +233,6 @@ def _restore_shared(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
             state[original] = state[name]
 
 
-def _restore_buffers(model: nn.Module, skeleton: nn.Module) -> None:
-    """Bring back buffers that no state dict holds from the freshly built model."""
-    built = dict(skeleton.named_buffers())
-    for name, buffer in list(model.named_buffers()):
-        if buffer.device.type == "meta":
-            parent_path, _, leaf = name.rpartition(".")
-            model.get_submodule(parent_path)._buffers[leaf] = built[name].clone()
-
-
 def _require_equal(model: nn.Module, again: nn.Module, target: Path) -> None:
     """Refuse to keep a checkpoint whose tensors differ from the model's."""
     ours, theirs = model.state_dict(), again.state_dict()
@@ -211,6 +243,7 @@ def _require_equal(model: nn.Module, again: nn.Module, target: Path) -> None:
         or name not in theirs
         or not torch.equal(ours[name].cpu().nan_to_num(), theirs[name].nan_to_num())
     ]
+    differing += _other_buffers(_unwritten(model), _unwritten(again))
     if differing:
         raise CheckpointError(
             asked=f"saving to {target}",
@@ -219,6 +252,23 @@ def _require_equal(model: nn.Module, again: nn.Module, target: Path) -> None:
             why="the model was changed after its library built it",
             fix="Build it with the final arguments through the library's factory.",
         )
+
+
+def _other_buffers(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
+) -> list[str]:
+    """Name computed buffers that differ by more than another device's arithmetic."""
+    differing = sorted(ours.keys() ^ theirs.keys())
+    for name in ours.keys() & theirs.keys():
+        one, two = ours[name].cpu(), theirs[name]
+        alike = one.dtype == two.dtype and one.shape == two.shape
+        limit = 2e-2 if one.element_size() == 2 else 1e-3
+        one, two = one.double(), two.double()
+        if not alike or not torch.allclose(
+            one, two, rtol=limit, atol=limit, equal_nan=True
+        ):
+            differing.append(name)
+    return differing
 
 
 def _digest(path: Path) -> str:

@@ -6,12 +6,12 @@ Nothing is touched before everything is known to fit, and only a copy is ever to
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from manyheads.attention import AttentionSpec, Mechanism
 from manyheads.attention.hallucinated import HallucinatedAttention
@@ -145,9 +145,15 @@ def current_recipe(sites: Sequence[Site], *, plain: AttentionSpec) -> Recipe | N
     return Recipe(*swaps) if swaps else None
 
 
-def blank_copy(model: nn.Module) -> nn.Module:
-    """Copy a model without its weights, onto the meta device, at no cost in memory."""
-    tensors = [*model.parameters(), *model.buffers()]
+def blank_copy(model: nn.Module, *, keep: Iterable[Tensor] = ()) -> nn.Module:
+    """Copy a model without its weights, onto the meta device, at no cost in memory.
+
+    Args:
+        model: The model; it is not changed.
+        keep: Tensors of it that the copy is to hold themselves.
+    """
+    kept = {id(tensor): tensor for tensor in keep}
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in kept]
     with torch.no_grad():
         memo: dict[int, object] = {
             id(t): nn.Parameter(t.detach().to("meta"), requires_grad=t.requires_grad)
@@ -155,7 +161,7 @@ def blank_copy(model: nn.Module) -> nn.Module:
             else t.detach().to("meta")
             for t in tensors
         }
-    return copy.deepcopy(model, memo)
+    return copy.deepcopy(model, memo | kept)
 
 
 def _pair(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -70,6 +71,19 @@ def test_untouched(name: str, which: Which) -> None:
     for spec in laws.SPECS:
         if not laws.refused(model, spec):
             laws.untouched_law(model, spec, size)
+
+
+@EACH_FAMILY
+def test_round_trip(name: str, tmp_path: Path) -> None:
+    """One student with all mechanisms that the family carries, block by block."""
+    model = at(name, FAMILIES[name].native)
+    carried = [spec for spec in laws.SPECS[::-1] if not laws.refused(model, spec)]
+    swaps = []
+    for site in find_host(model)[1]:
+        spec = carried[site.index % len(carried)]
+        if not site.fixed and not spec.exempt(site.geometry):
+            swaps.append(mh.Swap(blocks=[site.index], attention=spec))
+    laws.round_trip_law(model, mh.Recipe(*swaps), tmp_path / "student")
 
 
 @EACH_FAMILY
