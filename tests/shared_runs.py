@@ -191,8 +191,14 @@ def healing(folder: Path) -> dict[str, Any]:
     return outcome(student, healed) | told
 
 
-def resumable(folder: Path, *, name: str, kill_at: int | None) -> dict[str, Any]:
-    """Dropout and an average; the second process kills itself at a step."""
+def resumable(
+    folder: Path,
+    *,
+    name: str,
+    kill_at: int | None,
+    by: signal.Signals = signal.SIGKILL,
+) -> dict[str, Any]:
+    """Dropout and an average; the second process signals itself at a step."""
     torch.manual_seed(0)
     student = tiny_vit(depth=2, proj_drop_rate=0.1)
     index = int(os.environ.get("RANK", "0"))
@@ -202,7 +208,7 @@ def resumable(folder: Path, *, name: str, kill_at: int | None) -> dict[str, Any]
         nonlocal seen
         seen += 1
         if index == 1 and seen == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
 
     student.patch_embed.register_forward_hook(count)
     trained: Trained = train(
@@ -215,6 +221,24 @@ def resumable(folder: Path, *, name: str, kill_at: int | None) -> dict[str, Any]
         **QUICK,
     )
     return outcome(student, trained)
+
+
+def stopped(folder: Path) -> dict[str, Any]:
+    """One process is asked to leave; both save and leave, and go on when called."""
+    code = None
+    try:
+        resumable(folder, name="stopped", kill_at=7, by=signal.SIGTERM)
+    except SystemExit as leaving:
+        code = leaving.code
+    kept = sorted(step.name for step in (folder / "stopped").glob("step-*"))
+    went_on = resumable(folder, name="stopped", kill_at=None)
+    expected = resumable(folder, name="not stopped", kill_at=None)
+    same = [
+        torch.equal(value, went_on["weights"][name])
+        for name, value in expected["weights"].items()
+    ]
+    losses = went_on["losses"] == expected["losses"]
+    return {"code": code, "kept": kept, "same": all(same) and losses}
 
 
 def killed(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ TOGETHER = [
     "a_loss_that_is_not_finite",
     "healing",
     "shown",
+    "stopped",
     "killed",
 ]
 
@@ -144,6 +146,16 @@ def test_only_the_main_process_shows_and_writes(
     lines = rows(folder / "everything-2" / "epochs.csv")
     assert [line["epoch"] for line in lines] == ["1", "2"]
     assert {"validation_top1", "validation_average_top1"} <= set(lines[0])
+
+
+def test_a_run_of_two_that_one_is_asked_to_leave_is_saved_and_goes_on(
+    folder: Path, first: subprocess.CompletedProcess[str]
+) -> None:
+    for found in both(folder, first, "stopped"):
+        assert found["code"] == 128 + signal.SIGTERM
+        # Not a step that is kept anyway: those are even.
+        assert found["kept"] == ["step-4.0", "step-5.0"]
+        assert found["same"]
 
 
 def test_a_run_of_two_that_was_killed_goes_on_bit_for_bit(

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from manyheads import Hydra, Recipe, Swap, convert
 from manyheads.errors import DataError, InvalidOption, NonFiniteLoss, UnknownHost
-from manyheads.training import evaluate, train
+from manyheads.training import DEIT, DEIT_MODEL, evaluate, train
 from tests.helpers import tiny_vit
 
 QUICK = {"epochs": 4, "batch_size": 16, "progress": False}
@@ -178,3 +178,23 @@ def test_results_are_json_and_read_well() -> None:
     assert str(trained).count("\n") == 1
     assert "top-1" in str(trained)
     assert "16 steps over 60 images" in str(trained)
+
+
+def test_the_deit_recipe_is_the_published_one() -> None:
+    told = dict(DEIT)
+    augment = told.pop("augment").to_json()
+    assert told == {
+        "epochs": 300,
+        "batch_size": 1024,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.05,
+        "warmup_epochs": 5,
+        "max_grad_norm": None,
+        "ema_decay": 0.99996,
+    }
+    published = {"mixup": 0.8, "cutmix": 1.0, "erasing": 0.25, "label_smoothing": 0.1}
+    published |= {"rand_magnitude": 9, "rand_spread": 0.5, "repeats": 3}
+    assert {name: augment[name] for name in published} == published
+    assert dict(DEIT_MODEL) == {"drop_path_rate": 0.1}
+    built = tiny_vit(**DEIT_MODEL)
+    assert built.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
