@@ -4,8 +4,9 @@
     python -m benchmarks.export_matrix --table
 
 Each cell is one real export of a tiny model with random weights, verified like any
-other. What is found goes to ``docs/export_matrix.json`` cell by cell, so that a run may
-be cut and continued; the table in ``docs/export.md`` is generated from it.
+other. What is found goes to ``docs/export_matrix.json`` cell by cell with the date, the
+code and the versions, so that a run may be cut and continued; a cell that is deleted
+there is tried again. The table in ``docs/export.md`` is generated from it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,8 +31,9 @@ import manyheads.backbones
 from manyheads.artifacts import Target
 from manyheads.attention import MECHANISMS, AttentionSpec
 from manyheads.errors import ManyheadsError, NotExportable
+from manyheads.gauges.machine import conditions
 
-__all__ = ["FAMILIES", "SPECS", "export_cell", "main", "table"]
+__all__ = ["FAMILIES", "SPECS", "awaken", "export_cell", "main", "table"]
 
 DOCS = Path(__file__).parent.parent / "docs"
 RECORD, PAGE = DOCS / "export_matrix.json", DOCS / "export.md"
@@ -123,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name in SPECS:
                 key = f"{family} | {name} | {target}"
                 if key not in found:
-                    found[key] = export_cell(family, name, target)
+                    found[key] = export_cell(family, name, target) | {"with": _with()}
                     RECORD.write_text(json.dumps(found, indent=1) + "\n")
                     print(key, found[key], flush=True)
     text = PAGE.read_text(encoding="utf-8")
@@ -166,7 +169,7 @@ def export_cell(family: str, name: str, target: Target) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ending = "onnx" if target == "onnx" else "pt2"
         try:
-            model = FAMILIES[family]().eval()
+            model = awaken(FAMILIES[family]()).eval()
             if name != "Softmax":
                 recipe = mh.Recipe(mh.Swap(attention=SPECS[name]))
                 model = mh.convert(model, recipe)
@@ -184,6 +187,33 @@ def export_cell(family: str, name: str, target: Target) -> dict[str, Any]:
         "cell": done.cell,
         "difference": max(check.difference for check in done.checks),
     }
+
+
+def awaken(model: nn.Module) -> nn.Module:
+    """Draw every parameter anew, so that every part of the model shows in its outputs.
+
+    Libraries start some classifiers at zero, layer scales at 1e-5, and queries so small
+    that all maps are flat: an exported file could then have any attention at all.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 3:  # Tokens and position embeddings.
+                parameter.normal_(std=0.5)
+            elif parameter.ndim > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.2)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def _with() -> dict[str, Any]:
+    """Say when and with what a cell was tried."""
+    here = conditions(torch.device("cpu"), torch.float32)
+    told = {name: here[name] for name in ("date", "git", "system", "python")}
+    packages = ("torch", "timm", "transformers", "torchvision", "onnx", "onnxruntime")
+    return told | {name: version(name) for name in packages}
 
 
 def _told(error: ManyheadsError, folder: str) -> str:
