@@ -6,6 +6,7 @@ No test looks at how long anything takes.
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,16 @@ def test_conditions_name_no_path_of_this_machine() -> None:
     told = json.dumps(conditions(CPU, torch.float32))
     assert str(Path.home()) not in told
     assert str(Path.cwd()) not in told
+
+
+def test_conditions_name_the_code_that_ran() -> None:
+    root = Path(__file__).parents[1]
+    ask = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    asked = subprocess.run(ask, capture_output=True, text=True, check=False)
+    if asked.returncode or not (root / ".git").exists():
+        pytest.skip("this is no checkout")
+    told = conditions(CPU, torch.float32)["git"]
+    assert told.removesuffix(" with local changes") == asked.stdout.strip()
 
 
 @pytest.mark.parametrize(

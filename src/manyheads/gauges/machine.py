@@ -101,7 +101,7 @@ def _version(package: str) -> str | None:
 
 def _git() -> str | None:
     """Give the commit if this package runs from its own checkout, else None."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     if not (root / ".git").exists() or not (root / "pyproject.toml").is_file():
         return None
     try:
