@@ -227,10 +227,7 @@ def _open_zip(file: Path) -> Artifact:
         return _Program(_card(text, file), package)
     extra = {CARD: ""}
     program = torch.export.load(file, extra_files=extra)
-    # timm's rotary models leave a guard that is narrower than what they compute; the
-    # verification at several sizes stands in its place.
-    module = program.module(check_guards=False)
-    return _Program(_card(extra[CARD], file), module)
+    return _Program(_card(extra[CARD], file), program.module())
 
 
 def _open_onnx(file: Path) -> Artifact:

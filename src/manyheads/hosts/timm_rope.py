@@ -264,7 +264,11 @@ class TimmRope(Host):
 
     def free_size(self, model: nn.Module) -> tuple[int, int] | None:
         """Set what `dynamic_img_size=True` sets when the model is built."""
-        return _TIMM.free_size(model)
+        cell = _TIMM.free_size(model)
+        encoder = _encoder(model)
+        if cell is not None and getattr(encoder, "rope", None) is not None:
+            encoder.rope = _free_rotation(encoder.rope)
+        return cell
 
     def labels(self, model: nn.Module) -> tuple[str, ...]:
         """Give the recorded names, ImageNet's where the count tells, else numbers."""
@@ -277,6 +281,47 @@ class TimmRope(Host):
     def rebuild(self, description: dict[str, Any]) -> nn.Module:
         """Build by registered name."""
         return _TIMM.rebuild(description)
+
+
+class _FreeRotation(nn.Module):
+    """DINOv3's rotation for any grid: timm's own turns the sides into constants.
+
+    timm divides positions by `float(side)`, which a tracer can only read as the number
+    that the side has in its example; the side itself stays a side.
+
+    Args:
+        rope: A `RotaryEmbeddingDinoV3` that scales each axis by its own side.
+    """
+
+    def __init__(self, rope: Any) -> None:
+        super().__init__()
+        self.rope = rope
+
+    def get_embed(
+        self, shape: Sequence[int], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Give sines and cosines for this grid, [N, 2 K], as timm does."""
+        order = reversed(shape) if self.rope.grid_indexing == "xy" else shape
+        axes = [
+            (torch.arange(0.5, side, dtype=torch.float32) + self.rope.grid_offset)
+            / side
+            for side in order
+        ]
+        grid = torch.meshgrid(*axes, indexing=self.rope.grid_indexing)
+        places = (2.0 * torch.stack(grid, dim=-1) - 1.0).flatten(0, -2)
+        both = torch.cat(self.rope._get_pos_embed_from_coords(places), dim=-1)
+        return both if dtype is None else both.to(dtype)
+
+
+def _free_rotation(rope: Any) -> nn.Module:
+    """Have the rotation computed for every grid, where timm keeps one grid's."""
+    separate = getattr(rope, "normalize_coords", "") == "separate"
+    if type(rope).__name__ == "RotaryEmbeddingDinoV3" and separate:
+        return _FreeRotation(rope)
+    if hasattr(rope, "_use_cached_embed"):
+        rope._use_cached_embed = False
+    free: nn.Module = rope
+    return free
 
 
 def _is_rotary(module: nn.Module) -> bool:
