@@ -67,7 +67,9 @@ def measure_memory(
         job = {"model": model, "images": images, "feed": feed}
         job["threads"] = torch.get_num_threads()
         try:
-            torch.save(job, Path(folder) / _JOB)
+            # Through Python's own file, whose errors say what is wrong with the disk.
+            with (Path(folder) / _JOB).open("wb") as file:
+                torch.save(job, file)
         except Exception as error:
             # Pickling runs the model's own code, which may raise anything.
             return f"the model cannot be handed to another process: {_line(error)}"

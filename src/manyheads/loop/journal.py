@@ -125,7 +125,9 @@ class Journal:
             draft.mkdir()
             for name, model in models.items():
                 save_model(model, str(draft / f"{name}.safetensors"))
-            torch.save(state, draft / STATE)
+            # Through Python's own file: torch's says of a full disk "unexpected pos".
+            with (draft / STATE).open("wb") as file:
+                torch.save(state, file)
             sums = {file.name: _digest(file) for file in draft.iterdir()}
             (draft / SUMS).write_text(json.dumps(sums), encoding="utf-8")
             for file in draft.iterdir():
