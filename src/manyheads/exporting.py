@@ -8,6 +8,7 @@ exporter that goes wrong seldom says so: it writes a file that answers something
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -205,7 +206,8 @@ def export(
                 f"what was written does not run: {error.asked}, {error.found}",
                 fix="Try dynamic=False, or another target.",
             ) from error
-        _require_close(checks, limit, model, file)
+        _warn_of_blindness(checks, model)
+        _require_close(checks, limit, model, file, free=cell is not None)
         labelled = compare_labelled(reference, host, artifact, shown)
         size = fresh.stat().st_size / 1024**2
     return Exported(
@@ -320,7 +322,7 @@ def _opened(model: nn.Module, fresh: Path, file: Path) -> Artifact:
 
 
 def _require_close(
-    checks: tuple[Check, ...], limit: float, model: nn.Module, file: Path
+    checks: tuple[Check, ...], limit: float, model: nn.Module, file: Path, *, free: bool
 ) -> None:
     wrong = [check for check in checks if not check.difference <= limit]
     if wrong:
@@ -333,7 +335,22 @@ def _require_close(
             file,
             "the written file's outputs differ from the model's, as a share of the "
             f"largest: {told}; {limit:.2g} is allowed. The file was removed",
-            fix="Try another target or dtype, or allow more with tolerance=.",
+            fix=f"Try {'dynamic=False, ' if free else ''}another target or dtype, or "
+            "allow more with tolerance=.",
+        )
+
+
+def _warn_of_blindness(checks: tuple[Check, ...], model: nn.Module) -> None:
+    """Say where nothing was compared; torchvision starts classifiers at zero."""
+    blind = [check for check in checks if check.largest == 0]
+    if blind:
+        height, width = blind[0].image_size
+        warnings.warn(
+            f"Exporting {type(model).__name__}: all its outputs at {height}x{width} "
+            "are 0, so that a wrong file would answer the same. Export it with trained "
+            "weights, or with images= that it answers.",
+            RuntimeWarning,
+            stacklevel=3,
         )
 
 

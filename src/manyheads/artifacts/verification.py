@@ -24,11 +24,13 @@ class Check:
         image_size: Height and width.
         images: Photographs in the batch.
         difference: Largest difference of two outputs, as a share of the largest.
+        largest: The model's largest output; where it is 0 nothing was compared.
     """
 
     image_size: tuple[int, int]
     images: int
     difference: float
+    largest: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +60,12 @@ def compare(
         # One photograph in one of the runs: a batch that was frozen shows there.
         batch = batch[:1] if number == len(sizes) - 1 > 0 else batch
         expected = _run_at(model, host, batch, resize=size != native)
-        difference = _difference(artifact(batch), expected)
-        yield Check(image_size=size, images=len(batch), difference=difference)
+        yield Check(
+            image_size=size,
+            images=len(batch),
+            difference=_difference(artifact(batch), expected),
+            largest=expected.abs().max().item(),
+        )
 
 
 def _run_at(model: nn.Module, host: Host, images: Tensor, *, resize: bool) -> Tensor:

@@ -126,8 +126,8 @@ class Journal:
             for name, model in models.items():
                 save_model(model, str(draft / f"{name}.safetensors"))
             # Through Python's own file: torch's says of a full disk "unexpected pos".
-            with (draft / STATE).open("wb") as file:
-                torch.save(state, file)
+            with (draft / STATE).open("wb") as stream:
+                torch.save(state, stream)
             sums = {file.name: _digest(file) for file in draft.iterdir()}
             (draft / SUMS).write_text(json.dumps(sums), encoding="utf-8")
             for file in draft.iterdir():
