@@ -165,9 +165,9 @@ def test_a_size_that_was_frozen_is_found_and_the_file_removed(
     "name",
     [
         "eva02_tiny_patch14_336",
-        "vit_pe_core_tiny_patch16_384",
-        "vit_small_patch16_rope_mixed_224",
         "vit_small_patch16_dinov3",
+        pytest.param("vit_pe_core_tiny_patch16_384", marks=pytest.mark.slow),
+        pytest.param("vit_small_patch16_rope_mixed_224", marks=pytest.mark.slow),
     ],
 )
 def test_rotary_models_run_at_any_size(name: str, ending: str, tmp_path: Path) -> None:

@@ -101,7 +101,8 @@ def draw(
         raise DataError(
             asked=f"drawing to {target}",
             found=f"it cannot be written: {error}",
-            fix="Choose a folder that exists and that you may write to.",
+            fix="Choose a folder that exists and that you may write to, on a disk with "
+            "room.",
         ) from error
     return target
 

@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from manyheads.drafts import draft_of
 from manyheads.errors import MissingExtra
 
 __all__ = ["draw_demo"]
@@ -37,9 +38,8 @@ def draw_demo(recorded: dict[str, Any], path: Path) -> None:
     lost, gained = figure.subplots(1, 2)
     _draw_accuracy(lost, recorded["rows"])
     _draw_ratios(gained, recorded["large"])
-    fresh = path.with_name(f".{path.name}")
-    figure.savefig(fresh, dpi=130, format="png")
-    fresh.rename(path)
+    with draft_of(path) as draft:
+        figure.savefig(draft, dpi=130, format="png")
 
 
 def _draw_accuracy(axes: Any, rows: list[dict[str, Any]]) -> None:

@@ -22,6 +22,7 @@ from manyheads.costs import cost
 from manyheads.data import digits
 from manyheads.demo.figures import draw_demo
 from manyheads.demo.findings import Demo, DemoRow, LargeRow
+from manyheads.drafts import draft_of
 from manyheads.drawing import draw
 from manyheads.errors import CheckpointError, ManyheadsError
 from manyheads.healing import heal
@@ -272,11 +273,10 @@ def _keep(result: Demo, teacher: nn.Module, student: nn.Module, images: Tensor) 
     hydra = Recipe(Swap(attention=Hydra()))
     try:
         draw_demo(result.to_json(), result.folder / "demo.png")
-        fresh = result.folder / ".demo.json"
         converted = preview(teacher, hydra).to_json()
         recorded = result.to_json() | {"converted": converted}
-        fresh.write_text(json.dumps(recorded, indent=2), encoding="utf-8")
-        fresh.rename(result.folder / "demo.json")
+        with draft_of(result.folder / "demo.json") as draft:
+            draft.write_text(json.dumps(recorded, indent=2), encoding="utf-8")
         pictures = {"What was lost and what was gained": result.folder / "demo.png"}
         looked_at = {
             "teacher": teacher,

@@ -232,8 +232,10 @@ class Journal:
                 draft.unlink(missing_ok=True)
 
     def _unwritable(self, error: Exception) -> CheckpointError:
+        # torch closes its archive after the disk refused, and fails once more.
+        first = error.__context__
         return self._error(
-            f"it cannot be written: {error}",
+            f"it cannot be written: {first if isinstance(first, OSError) else error}",
             "Free space or choose another run_dir; the last step kept is as it was.",
         )
 

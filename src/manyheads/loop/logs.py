@@ -13,13 +13,15 @@ import csv
 import io
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from manyheads.errors import InvalidOption, MissingExtra
+from manyheads.errors import CheckpointError, InvalidOption, MissingExtra
 
 __all__ = ["Logbook", "Speed", "progress_bar"]
 
@@ -38,6 +40,7 @@ class Logbook:
     Raises:
         MissingExtra: TensorBoard was asked for and is not installed.
         InvalidOption: TensorBoard was asked for without a folder.
+        CheckpointError: The folder cannot be written.
     """
 
     def __init__(
@@ -48,8 +51,9 @@ class Logbook:
         self._columns: dict[str, list[str]] = {}
         self._events: Any = None
         if folder is not None:
-            for name in ("steps", "epochs"):
-                self._take_back(name)
+            with _told(folder):
+                for name in ("steps", "epochs"):
+                    self._take_back(name)
         if tensorboard:
             self._events = _summary_writer(folder, step)
 
@@ -60,9 +64,13 @@ class Logbook:
             name: "steps" or "epochs".
             step: Steps of the whole run.
             line: Values by column; a column may be new.
+
+        Raises:
+            CheckpointError: The folder cannot be written; the last step kept is there.
         """
         if self.folder is not None:
-            self._append(name, line)
+            with _told(self.folder):
+                self._append(name, line)
             self.kept[name] = self.kept.get(name, 0) + 1
         if self._events is not None:
             for column, value in line.items():
@@ -148,11 +156,27 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 def _write(path: Path, columns: list[str], lines: list[dict[str, str]]) -> None:
     draft = path.with_name(f"{_DRAFT}{path.name}")
-    with draft.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(lines)
-    draft.replace(path)
+    try:
+        with draft.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(lines)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Name the run where the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            asked=f"run_dir={folder}",
+            found=f"its logs cannot be written: {error}",
+            fix="Free space or choose another run_dir; the last step kept is there.",
+        ) from error
 
 
 def _summary_writer(folder: Path | None, step: int) -> Any:

@@ -329,7 +329,8 @@ def _write(target: Path, page: str) -> None:
         raise DataError(
             asked=f"writing the report {target}",
             found=f"it cannot be written: {error}",
-            fix="Choose a folder that exists and that you may write to.",
+            fix="Choose a folder that exists and that you may write to, on a disk with "
+            "room.",
         ) from error
 
 
