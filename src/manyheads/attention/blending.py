@@ -21,7 +21,13 @@ from torch.nn import functional as F
 from manyheads.attention.softmax import masked_softmax
 from manyheads.geometry import Grid
 
-__all__ = ["Blend", "blend_maps", "hallucinated_maps", "hallucinated_rows"]
+__all__ = [
+    "Blend",
+    "blend_maps",
+    "hallucinated_maps",
+    "hallucinated_rows",
+    "shifted_deltas",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -227,3 +233,9 @@ def _around(maps: Tensor, kernel: Tensor, cells: Grid) -> Tensor:
     pictures = maps.transpose(1, 2).reshape(B * N, L, *cells)
     blended = F.conv2d(pictures, weight, padding=side // 2, groups=kernel.shape[0])
     return blended.reshape(B, N, L, S).transpose(1, 2)
+
+
+def shifted_deltas(terms: int, taps: int) -> Float[Tensor, "T taps"]:
+    """Make one unit vector a term: the centre first, then its neighbours outwards."""
+    order = sorted(range(taps), key=lambda tap: (abs(tap - taps // 2), tap))
+    return torch.eye(taps)[order[:terms]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,16 +26,19 @@ from manyheads.attention.blending import (
     Blend,
     hallucinated_maps,
     hallucinated_rows,
+    shifted_deltas,
 )
 from manyheads.attention.pairing import (
     group_by_served,
     inverse_order,
     join_heads,
+    served_in_order,
     take_heads,
 )
 from manyheads.errors import GeometryMismatch, InvalidOption, nearest
 from manyheads.geometry import Geometry, Grid
 from manyheads.kernels.hallucinated import attend, blend_tokens
+from manyheads.kernels.hallucinated_whole import hallucinated_attention, takes_whole
 
 __all__ = ["Hallucinated", "HallucinatedAttention", "Layout", "Stage"]
 
@@ -194,7 +197,7 @@ class HallucinatedAttention(Mechanism):
     """Hallucinated attention without maps; two small kernels per hallucinated head.
 
     Cost: see `Hallucinated`; the largest temporaries are the widened values or queries
-    and, on CPU, one block of at most 256 rows of the real maps. `maps` is quadratic.
+    and, on CPU, a block of the real maps, a few MiB. `maps` is quadratic.
 
     Attributes:
         query_kernel: Factors over queries [hallucinated heads, terms, taps].
@@ -212,12 +215,10 @@ class HallucinatedAttention(Mechanism):
         self.needs_grid = spec.layout == "grid"
         self.num_real = spec.num_query_heads(geometry)
         self.num_derived = geometry.num_heads - self.num_real
-        deltas = _shifted_deltas(spec.num_terms, spec.num_taps)
-        over_queries = torch.zeros_like(deltas)
-        over_queries[0] = deltas[0]
-        copies = (self.num_derived, 1, 1)
-        self.query_kernel = nn.Parameter(over_queries.repeat(copies))
-        self.key_kernel = nn.Parameter(deltas.repeat(copies))
+        deltas = shifted_deltas(spec.num_terms, spec.num_taps)
+        over_queries = torch.cat([deltas[:1], torch.zeros_like(deltas[1:])])
+        self.query_kernel = nn.Parameter(over_queries.repeat(self.num_derived, 1, 1))
+        self.key_kernel = nn.Parameter(deltas.repeat(self.num_derived, 1, 1))
         cross = nn.Parameter(torch.eye(self.num_derived)) if spec.cross_map else None
         self.register_parameter("cross", cross)
         self.register_buffer("partner", torch.arange(self.num_derived))
@@ -257,6 +258,12 @@ class HallucinatedAttention(Mechanism):
         cells = self._cells(q, grid)
         if self.spec.stage == "logits":
             return self._on_logits(q, k, v, kept, cells)
+        kernels = self.query_kernel, self.key_kernel
+        served = served_in_order(self.pairing, self.num_real)
+        plain = kept is None and self.cross is None and served is not None
+        if plain and takes_whole(q, k, v, *kernels):
+            sizes = served, self._prefix, cells, self.geometry.scale
+            return cast("Tensor", hallucinated_attention(q, k, v, *kernels, *sizes))
         return self._on_probabilities(q, k, v, kept, cells)
 
     def maps(
@@ -315,9 +322,8 @@ class HallucinatedAttention(Mechanism):
         terms = blend_tokens(lanes, self.query_kernel, self._prefix, cells)
         blended = terms[:, :, :, 0] if terms.shape[3] == 1 else terms.sum(3)
         if self.cross is not None:
-            pairs = (*blended.shape[:3], self.num_derived, -1)
-            per_pair = blended.reshape(pairs)  # [B, N, l, j, K]
-            blended = (per_pair * self.cross.t().to(v.dtype)[..., None]).sum(2)
+            pairs = torch.unflatten(blended, 3, (self.num_derived, -1))
+            blended = (pairs * self.cross.t().to(v.dtype)[..., None]).sum(2)
         return torch.cat([mixed, blended], dim=2)
 
     def _mix(
@@ -391,9 +397,3 @@ def _read_pairing(module: nn.Module, _: Any) -> None:
     """Take the partners from a checkpoint that was just loaded."""
     if isinstance(module, HallucinatedAttention) and not module.partner.is_meta:
         module.pair(module.partner.tolist())
-
-
-def _shifted_deltas(terms: int, taps: int) -> Tensor:
-    """One unit vector a term: the centre first, then its neighbours outwards."""
-    order = sorted(range(taps), key=lambda tap: (abs(tap - taps // 2), tap))
-    return torch.eye(taps)[order[:terms]]

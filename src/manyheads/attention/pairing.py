@@ -17,6 +17,7 @@ __all__ = [
     "inverse_order",
     "join_heads",
     "map_similarity",
+    "served_in_order",
     "take_heads",
 ]
 
@@ -171,3 +172,14 @@ def group_by_served(
         heads.append(real)
         beside += lanes
     return list(groups.values())
+
+
+def served_in_order(pairing: Sequence[int], num_real: int) -> tuple[int, ...] | None:
+    """Count the hallucinated heads of each real one; None if they are out of order.
+
+    In order, the first real head serves the first of them, as many as it serves, and
+    so on. Conversion puts heads in such an order.
+    """
+    if list(pairing) != sorted(pairing):
+        return None
+    return tuple(list(pairing).count(head) for head in range(num_real))

@@ -24,7 +24,14 @@ from torch.utils.flop_counter import register_flop_formula
 from manyheads.kernels.registration import register_autocast
 from manyheads.kernels.two_widths import two_width_attention
 
-__all__ = ["Form", "attend", "blend_tokens", "choose_form", "wide_attention"]
+__all__ = [
+    "Form",
+    "attend",
+    "blend_tokens",
+    "choose_form",
+    "neighbours",
+    "wide_attention",
+]
 
 Form = Literal["fused", "chunked", "padded", "calls", "triton", "flex"]
 
@@ -57,23 +64,40 @@ def blend_tokens(
     weights = kernel.to(x.dtype)[..., None].unbind(2)  # taps of [L, T, 1]
     B, N = x.shape[:2]
     rows, columns = cells or (N - prefix, 1)
-    height, width = len(weights), 1
-    if cells is not None:
-        height = width = math.isqrt(len(weights))
     blended = x * weights[len(weights) // 2]
     picture = blended[:, prefix:].view(B, rows, columns, *blended.shape[2:])
     source = x[:, prefix:].reshape(B, rows, columns, *x.shape[2:])
-    for tap, weight in enumerate(weights):
-        down, right = tap // width - height // 2, tap % width - width // 2
-        if (down or right) and abs(down) < rows and abs(right) < columns:
-            here = picture[:, _span(-down, rows), _span(-right, columns)]
-            there = source[:, _span(down, rows), _span(right, columns)]
-            here.addcmul_(there, weight)
+    square = cells is not None
+    for tap, here, there in neighbours(len(weights), rows, columns, square=square):
+        picture[:, *here].addcmul_(source[:, *there], weights[tap])
     if prefix:
         blended[:, :prefix, :, :1] = x[:, :prefix, :, :1]
         if kernel.shape[1] > 1:
             blended[:, :prefix, :, 1:] = 0
     return blended
+
+
+def neighbours(
+    taps: int, rows: int, columns: int, *, square: bool
+) -> Iterator[tuple[int, tuple[slice, slice], tuple[slice, slice]]]:
+    """Pair cells of a picture with those under each tap, the centre left out.
+
+    Args:
+        taps: Taps of the kernel: a run down the rows, or a square.
+        rows: Rows of the picture.
+        columns: Columns of the picture.
+        square: Whether taps lie in a square.
+
+    Yields:
+        A tap, the cells that have something under it, and what is under it.
+    """
+    width = math.isqrt(taps) if square else 1
+    height = taps // width
+    for tap in range(taps):
+        down, right = tap // width - height // 2, tap % width - width // 2
+        if (down or right) and abs(down) < rows and abs(right) < columns:
+            here = _span(-down, rows), _span(-right, columns)
+            yield tap, here, (_span(down, rows), _span(right, columns))
 
 
 def _span(shift: int, size: int) -> slice:
