@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from manyheads import Compact, Hallucinated, Hydra, Interactive, Recipe, Swap, convert
@@ -168,6 +169,23 @@ def test_what_was_converted_before_is_inherited_from_its_teacher() -> None:
     inherited = Pair(second, first, 1.0, 0.0).rate_factors(0.5)
     new = {name for name, _ in second.named_parameters()} - inherited.keys()
     assert new == {f"blocks.1.{name}" for name in NEW["compact"]}
+
+
+def test_projections_that_a_swap_renames_are_inherited() -> None:
+    teacher = torchvision.models.VisionTransformer(32, 8, 2, 4, 48, 96, num_classes=10)
+    layer = "encoder.layers.encoder_layer_{}.self_attention.{}"
+    for swap, new in (
+        ("interactive", ("core.mix_queries", "core.mix_keys")),
+        (
+            "hallucinated",
+            ("qkv.weight", "qkv.bias", "core.query_kernel", "core.key_kernel"),
+        ),
+    ):
+        changed = Swap(attention=SWAPS[swap].attention)
+        student = convert(teacher.eval(), Recipe(changed))
+        inherited = Pair(student, teacher, 1.0, 0.0).rate_factors(0.5)
+        found = {name for name, _ in student.named_parameters()} - inherited.keys()
+        assert found == {layer.format(i, name) for i in (0, 1) for name in new}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

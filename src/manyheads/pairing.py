@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -143,6 +143,11 @@ class Pair:
         theirs = {name: p.shape for name, p in self.teacher.named_parameters()}
         ours = {name: p.shape for name, p in self.student.named_parameters()}
         inherited = [name for name in ours if ours[name] == theirs.get(name)]
+        for name in inherited:
+            del theirs[name]
+        inherited += self._renamed(
+            {name: ours[name] for name in ours if name not in set(inherited)}, theirs
+        )
         if factor == 0 and len(inherited) == len(ours):
             raise InvalidOption(
                 asked="inherited_rate_factor=0",
@@ -202,6 +207,18 @@ class Pair:
             "agreement": agreement / len(images) if self.scored else None,
             "feature_error": None if self.scored else distance,
         }
+
+    def _renamed(
+        self, ours: Mapping[str, torch.Size], theirs: Mapping[str, torch.Size]
+    ) -> Iterator[str]:
+        """Name attention's projections that a swap calls otherwise than the teacher."""
+        for site in self.student_sites:
+            inside = f"{site.attention_path}."
+            left = [theirs[name] for name in theirs if name.startswith(inside)]
+            for name in ours:
+                if name.startswith(inside) and ours[name] in left:
+                    left.remove(ours[name])
+                    yield name
 
     def _error(self, name: str, output: Tensor, target: Tensor) -> Tensor:
         return _relative_error(output, target, self._sizes.get(name))
