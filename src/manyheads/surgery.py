@@ -8,10 +8,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from manyheads.attention import AttentionSpec, Mechanism
 from manyheads.attention.hallucinated import HallucinatedAttention
@@ -246,8 +247,14 @@ def _ffn_problem(model: nn.Module, site: Site, spec: FeedForwardSpec) -> str | N
     output = model.get_submodule(site.ffn_path or "")
     if site.ffn == spec:
         return f"it already is {spec}"
-    if not isinstance(output, Pointwise):
+    if site.ffn is not None:
         return f"it already is {site.ffn}; convert the original model instead"
+    plain = type(output) in get_args(Pointwise) or is_parametrized(output)
+    if not plain or not isinstance(output, Pointwise):
+        return (
+            f"its output matrix is a {type(output).__name__}, no plain nn.Linear or "
+            "nn.Conv2d, and what it holds beside its weight would be dropped"
+        )
     return spec.problem(output)
 
 

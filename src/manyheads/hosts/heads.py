@@ -17,6 +17,7 @@ __all__ = [
     "build_core",
     "first_rows",
     "head_index",
+    "no_plain_matrix",
     "permute_inputs",
     "permute_outputs",
 ]
@@ -81,6 +82,19 @@ class RealHeads(nn.Module):
     def extra_repr(self) -> str:
         """Show sizes as `nn.Linear` does, and how many outputs are real."""
         return f"{self.in_features}, {self.out_features}, real={self.kept}"
+
+
+def no_plain_matrix(layer: Any, *names: str) -> str:
+    """Say which projection is more than a matrix, if one is; else give nothing.
+
+    Rows of a low-rank adapter, a normalised or a quantised weight are no heads that
+    could be kept, dropped or reordered one by one.
+    """
+    for name in names:
+        part = getattr(layer, name, None)
+        if part is not None and type(part) not in (nn.Linear, RealHeads):
+            return f"its {name} is a {type(part).__name__}, no plain nn.Linear"
+    return ""
 
 
 def head_index(order: Sequence[int], width: int, *, parts: int = 1) -> Tensor:

@@ -19,6 +19,7 @@ from manyheads.hosts.heads import (
     RealHeads,
     build_core,
     head_index,
+    no_plain_matrix,
     permute_inputs,
     permute_outputs,
 )
@@ -291,6 +292,8 @@ def _site(root: Any, index: int, path: str, layer: nn.Module) -> Site:
         ffn=output.spec if isinstance(output, CompactLinear) else None,
         attention_parts=(f"{path}.{projections}",),
         ffn_parts=tuple(f"{path}.{part}" for part in ffn[1]) if ffn else (),
+        fixed_query_heads=no_plain_matrix(attention, *sum(PROJECTIONS, ()))
+        or no_plain_matrix(attention, "o_proj", "out_proj"),
     )
 
 

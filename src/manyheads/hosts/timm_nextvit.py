@@ -16,6 +16,7 @@ from manyheads.hosts.heads import (
     build_core,
     first_rows,
     head_index,
+    no_plain_matrix,
     permute_inputs,
     permute_outputs,
 )
@@ -149,6 +150,7 @@ def _attending(index: int, path: str, block: Any, grid: Grid) -> Site:
         geometry=core.geometry if core else _geometry(block.e_mhsa, grid),
         attention=core.spec if core else Softmax(),
         ffn=_compacted(block),
+        fixed_query_heads=no_plain_matrix(block.e_mhsa, "q", "k", "v", "proj"),
         keys_path=f"{path}.e_mhsa.k" if block.e_mhsa.sr is not None else None,
     )
 

@@ -16,6 +16,7 @@ from manyheads.hosts.heads import (
     build_core,
     first_rows,
     head_index,
+    no_plain_matrix,
     permute_inputs,
     permute_outputs,
 )
@@ -151,6 +152,7 @@ def _site(index: int, path: str, block: Any, grid: Grid) -> Site:
         geometry=core.geometry if core else _geometry(block.attn, grid),
         attention=core.spec if core else Softmax(),
         ffn=output.spec if isinstance(output, CompactLinear) else None,
+        fixed_query_heads=no_plain_matrix(block.attn, "q", "kv", "proj"),
         keys_path=f"{path}.attn.kv" if block.attn.sr is not None else None,
     )
 

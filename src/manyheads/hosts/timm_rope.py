@@ -26,6 +26,7 @@ from manyheads.hosts.heads import (
     build_core,
     first_rows,
     head_index,
+    no_plain_matrix,
     permute_inputs,
     permute_outputs,
 )
@@ -39,6 +40,7 @@ _CLASSES = frozenset(
         ("timm.layers.attention", "AttentionRope"),
     }
 )
+_PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "proj")
 _TIMM = TimmViT()
 
 
@@ -342,6 +344,7 @@ def _site(model: nn.Module, index: int, path: str, attention: nn.Module) -> Site
         geometry=core.geometry if core else _geometry(model, attention),
         attention=core.spec if core else Softmax(),
         ffn=output.spec if isinstance(output, CompactLinear) else None,
+        fixed_query_heads=no_plain_matrix(attention, *_PROJECTIONS),
     )
 
 

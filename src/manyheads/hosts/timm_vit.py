@@ -19,6 +19,7 @@ from manyheads.hosts.heads import (
     build_core,
     first_rows,
     head_index,
+    no_plain_matrix,
     permute_inputs,
     permute_outputs,
 )
@@ -318,6 +319,7 @@ def _site(model: nn.Module, index: int, path: str, attention: Any) -> Site:
         geometry=core.geometry if core else _geometry(model, attention),
         attention=core.spec if core else Softmax(),
         ffn=output.spec if isinstance(output, CompactLinear) else None,
+        fixed_query_heads=no_plain_matrix(attention, "qkv", "proj"),
     )
 
 
