@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from manyheads.attention import AttentionSpec, Softmax
 from manyheads.errors import (
     CheckpointError,
+    MaskRefused,
     NothingToConvert,
     SwapRefused,
     UnknownHost,
@@ -20,6 +21,7 @@ from manyheads.errors import (
 )
 from manyheads.geometry import Geometry
 from manyheads.hosts.base import Host, ImageInput, Site, mechanism_of
+from manyheads.hosts.heads import no_plain_matrix
 from manyheads.hosts.timm_vit import TimmAttention
 from manyheads.hosts.torch_attention import (
     TorchAttention,
@@ -31,6 +33,8 @@ __all__ = ["ByPath"]
 
 _OURS = (TorchAttention, TimmAttention)
 _WIDEST_ERROR = 1e-4
+# Parts of a layer like timm's that a swap carries over, where they are there.
+_CARRIED = ("q_norm", "k_norm", "norm", "proj_drop")
 
 
 class ByPath(Host):
@@ -39,7 +43,8 @@ class ByPath(Host):
     Two kinds are understood: `torch.nn.MultiheadAttention` itself, and layers like
     timm's, with `qkv`, `proj` and `num_heads`, called with tokens [B, N, C] and giving
     tokens. Of the second kind only the names are known, so each is run beside its
-    identity swap on random tokens before it is taken.
+    identity swap on random tokens before it is taken, must hold nothing that the swap
+    would drop, and may not be called with masks afterwards.
 
     Where patches lie is not known here: mechanisms that need the token grid say so.
 
@@ -72,20 +77,11 @@ class ByPath(Host):
             UnknownHost: A layer is of no known kind.
             SwapRefused: Its identity swap computes something else.
         """
-        known = dict(model.named_modules())
-        strangers = [path for path in self.paths or () if path not in known]
-        if strangers or not self.paths:
-            raise NothingToConvert(
-                asked=f"paths={list(self.paths or ())}",
-                found=f"the model has no module {strangers[0]!r}"
-                if strangers
-                else "no path is given",
-                fix=nearest(strangers[0], _candidates(model))
-                if strangers
-                else 'Name layers: convert(model, recipe, paths=["encoder.0.attn"]).',
-            )
-        for path in self.paths:
-            _verify_layer(known[path], path)
+        _require_named(model, self.paths or ())
+        for path in self.paths or ():
+            layer = model.get_submodule(path)
+            _verify_layer(layer, path)
+            _require_single(model, layer, path)
 
     def refusal(self, model: nn.Module) -> str:
         """Say that nothing was named."""
@@ -140,6 +136,47 @@ class ByPath(Host):
         )
 
 
+def _require_named(model: nn.Module, paths: Sequence[str]) -> None:
+    """Check that there is at least one path, each leads somewhere, and each once."""
+    known = dict(model.named_modules(remove_duplicate=False))
+    strangers = [path for path in paths if not path or path not in known]
+    twice = [path for path in dict.fromkeys(paths) if paths.count(path) > 1]
+    if paths and not strangers and not twice:
+        return
+    # One string is a sequence of letters, and easily given for a list of one.
+    meant = "".join(paths) if all(len(path) == 1 for path in paths) else ""
+    is_string = bool(meant) and meant in known
+    if is_string:
+        found, fix = f"{meant!r} is one string", f"Use paths=[{meant!r}]."
+    elif strangers:
+        found = f"the model has no module {strangers[0]!r}"
+        fix = nearest(strangers[0], _candidates(model))
+    elif twice:
+        found, fix = f"{twice[0]!r} is named twice", "Name every layer once."
+    else:
+        found = "no path is given"
+        fix = 'Name layers: convert(model, recipe, paths=["encoder.0.attn"]).'
+    raise NothingToConvert(
+        asked=f"paths={meant!r}" if is_string else f"paths={list(paths)}",
+        found=found,
+        fix=fix,
+    )
+
+
+def _require_single(model: nn.Module, layer: nn.Module, path: str) -> None:
+    """Check that the layer stands in one place: only that one would be swapped."""
+    modules = model.named_modules(remove_duplicate=False)
+    others = [name for name, module in modules if module is layer and name != path]
+    if others:
+        raise SwapRefused(
+            asked=f"converting the {type(layer).__name__} at {path}",
+            found=f"the same layer also stands at {', '.join(others)}",
+            where=path,
+            why="it would be swapped in one place and stay in the others",
+            fix="Give every place a layer of its own, or leave it out of paths.",
+        )
+
+
 def _site(model: nn.Module, index: int, path: str) -> Site:
     layer = model.get_submodule(path)
     core = mechanism_of(layer)
@@ -152,6 +189,7 @@ def _site(model: nn.Module, index: int, path: str) -> Site:
         attention=core.spec if core else Softmax(),
         ffn=None,
         renamed=core is not None,
+        fixed_query_heads=no_plain_matrix(layer, "qkv", "proj"),
     )
 
 
@@ -176,11 +214,31 @@ def _geometry(layer: Any) -> Geometry:
 def _swapped(layer: Any, geometry: Geometry, spec: AttentionSpec) -> nn.Module:
     if isinstance(layer, nn.MultiheadAttention | TorchAttention):
         return TorchAttention(layer, geometry, spec)
-    optional = ("q_norm", "k_norm", "norm", "proj_drop")
-    parts = {name: getattr(layer, name, nn.Identity()) for name in optional}
+    parts = {name: getattr(layer, name, nn.Identity()) for name in _CARRIED}
     gate = getattr(layer, "gate", None)
     source = SimpleNamespace(qkv=layer.qkv, proj=layer.proj, gate=gate, **parts)
-    return TimmAttention(source, geometry, spec)
+    made = TimmAttention(source, geometry, spec)
+    ours = type(layer) is TimmAttention
+    checked = _tokens_only in layer._forward_pre_hooks.values()
+    if checked or not (ours or type(layer).__module__ == "timm.layers.attention"):
+        made.register_forward_pre_hook(_tokens_only, with_kwargs=True)
+    return made
+
+
+def _tokens_only(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook: what a mask means to somebody's own layer is not known."""
+    given = [x for x in (*args, *kwargs.values()) if x is not None]
+    if len(given) != 1:
+        names = [*(f"argument {n + 1}" for n in range(1, len(args))), *kwargs]
+        raise MaskRefused(
+            asked="a layer named by its path was called with more than tokens",
+            found=f"it was given {', '.join(names) or 'nothing'}",
+            why="what a mask means to a layer of one's own is not known",
+            fix="Leave layers that are given masks out of paths.",
+        )
+    return (given[0],), {}
 
 
 def _is_like_timm(layer: Any) -> bool:
@@ -198,7 +256,7 @@ def _verify_layer(layer: nn.Module, path: str) -> None:
     if type(layer) is nn.MultiheadAttention:
         reason = multihead_problem(layer)
     elif _is_like_timm(layer):
-        reason = _difference(layer)
+        reason = _left_behind(layer) or _difference(layer)
     else:
         raise UnknownHost(
             asked=f"converting a {type(layer).__module__}.{type(layer).__qualname__}",
@@ -216,6 +274,20 @@ def _verify_layer(layer: nn.Module, path: str) -> None:
             why="what cannot be carried exactly is never changed in silence",
             fix="Leave this layer out of paths.",
         )
+
+
+def _left_behind(layer: Any) -> str | None:
+    """Say what the layer holds that a swap would drop: it may start as zeros."""
+    carried = {"qkv", "proj", "gate", *_CARRIED}
+    held = [name for name, _ in layer.named_parameters()]
+    held += [name for name, _ in layer.named_buffers() if name != "scale"]
+    dropped = [name for name in held if name.partition(".")[0] not in carried]
+    if dropped:
+        return f"it holds {', '.join(dropped)}, which a swap would drop: it does more"
+    scale = getattr(layer, "scale", None)
+    if isinstance(scale, Tensor) and scale.numel() != 1:
+        return f"its scale has {scale.numel()} values, and only one can be carried"
+    return None
 
 
 @torch.no_grad()
