@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 
 import manyheads as mh
 from manyheads.attention import AttentionSpec
+from manyheads.errors import UnknownHost
 from tests.helpers import assert_close
 from tests.hosts import laws
 
@@ -63,21 +65,72 @@ def test_intermediates_are_maps_of_each_block(name: str, spec: AttentionSpec) ->
     assert len(model.blocks) == 1
 
 
-@pytest.mark.parametrize("spec", [mh.Softmax(), mh.Hydra()], ids=repr)
-@pytest.mark.parametrize("name", ["vit", "dinov3"])
+PLAIN = {"img_size": 64, "depth": 2, "out_indices": (0, 1)}
+ROTARY = PLAIN | {"embed_dim": 96, "num_heads": 3}
+EXTRACTORS: dict[str, dict[str, Any]] = {
+    "vit_tiny_patch16_224": PLAIN,
+    "deit3_small_patch16_224": PLAIN,
+    "vit_base_patch16_18x2_224": PLAIN,
+    "vit_tiny_r_s16_p8_224": PLAIN | {"img_size": 128},
+    "naflexvit_base_patch16_gap": {"depth": 2, "out_indices": (0, 1)},
+    "eva02_tiny_patch14_224": ROTARY | {"img_size": 56},
+    "vit_small_patch16_dinov3": ROTARY,
+    "vit_pe_core_tiny_patch16_384": ROTARY,
+    "qwen3_vit_88m": ROTARY | {"pos_embed_grid_size": 4},
+    "pit_ti_224": {"img_size": 64},
+    "mobilevit_xxs": {},
+}
+
+
+@pytest.mark.parametrize("name", EXTRACTORS)
 def test_a_feature_extractor_is_converted_through_its_wrapper(
-    name: str, spec: AttentionSpec
+    name: str, tmp_path: Path
 ) -> None:
-    model = timm.create_model(
-        MODELS[name],
-        features_only=True,
-        out_indices=(0, 1),
-        **{k: SMALL[k] for k in SMALL if k != "num_classes"},
-    )
-    student = mh.convert(laws.randomise(model), recipe(spec))
-    maps = student(torch.randn(IMAGE))
-    assert [tuple(m.shape) for m in maps] == [(1, 48, 4, 4)] * len(maps)
-    assert student.feature_info.channels() == [48] * len(maps)
+    model: Any = timm.create_model(name, features_only=True, **EXTRACTORS[name])
+    images = laws.pictures(laws.randomise(model))[:1]
+    with torch.no_grad():
+        expected = model(images)
+        for spec in laws.SPECS:
+            if laws.refused(model, spec):
+                continue
+            student: Any = mh.convert(model, laws.everywhere(spec)).eval()
+            maps = student(images)
+            assert [m.shape for m in maps] == [e.shape for e in expected]
+            assert student.feature_info.channels() == [m.shape[1] for m in maps]
+            for ours, theirs in zip(maps, expected, strict=True):
+                if spec == mh.Softmax():
+                    assert_close(ours, theirs)
+            assert spec == mh.Softmax() or not torch.equal(maps[-1], expected[-1])
+        again: Any = mh.load(mh.save(student, tmp_path / "student"))
+        assert all(map(torch.equal, again(images), student(images)))
+
+
+@pytest.mark.parametrize("name", ["pvt_v2_b0", "nextvit_small"])
+def test_a_pyramid_that_was_taken_apart_is_refused_with_the_reason(name: str) -> None:
+    model = timm.create_model(name, features_only=True, device="meta")
+    with pytest.raises(UnknownHost, match="features_only=True took that apart"):
+        mh.preview(model, laws.everywhere(mh.Hydra()))
+
+
+@EACH_MECHANISM
+def test_the_patch_size_can_be_set_afterwards(spec: AttentionSpec) -> None:
+    model = converted("vit", spec)
+    model.set_input_size(img_size=(48, 64), patch_size=8)
+    assert model(torch.randn(1, 3, 48, 64)).isfinite().all()
+    assert set(laws.grids_seen(model)) <= {(6, 8)}
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+@pytest.mark.parametrize("name", ["vit", "dinov3"])
+def test_what_was_changed_afterwards_is_saved(
+    name: str, classes: int, tmp_path: Path
+) -> None:
+    model = converted(name, mh.Hydra())
+    model.reset_classifier(classes)
+    model.set_input_size(img_size=(48, 96))
+    again = mh.load(mh.save(model.eval(), tmp_path / "student"))
+    image = torch.randn(1, 3, 48, 96)
+    assert torch.equal(again(image), model(image))
 
 
 @EACH_MECHANISM

@@ -10,6 +10,10 @@ _WINDOWED = "its attention is windowed"
 _WINDOWED_BIAS = "its attention is windowed, with a relative bias"
 _BIAS = "its attention adds a relative bias to pairs of tokens"
 _REDUCED = "its keys and values are spatially reduced"
+_IN_PARTS = (
+    "its keys and values are spatially reduced, how much is known in the whole model "
+    "only, and features_only=True took that apart"
+)
 _POOLED = "its queries or keys are pooled between stages"
 _MAP = "its attention reads feature maps of a convolutional network"
 _FUSED = "its block fuses attention and feed-forward layer into one (parallel block)"
@@ -47,8 +51,8 @@ _REFUSED = {
     "models.mvitv2.MultiScaleAttention": _POOLED,
     "models.mvitv2.MultiScaleAttentionPoolFirst": _POOLED,
     "models.nest.Attention": "its attention is windowed (blocks of an image)",
-    "models.nextvit.EfficientAttention": _REDUCED,
-    "models.pvt_v2.Attention": _REDUCED,
+    "models.nextvit.EfficientAttention": _IN_PARTS,
+    "models.pvt_v2.Attention": _IN_PARTS,
     "models.shvit.SHSA": _MAP,
     "models.swin_transformer.WindowAttention": _WINDOWED_BIAS,
     "models.swin_transformer_v2.WindowAttention": _WINDOWED_BIAS,
