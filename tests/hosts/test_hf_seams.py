@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,10 @@ def tiny(name: str) -> nn.Module:
     return laws.randomise(kind(kind.config_class(**vision)))
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+# Some of the classes came after the oldest version.
+@pytest.mark.parametrize(
+    "name", [n for n in sorted(MODELS) if hasattr(transformers, n)]
+)
 def test_every_class_that_may_be_saved_keeps_its_answer_and_comes_back(
     name: str, tmp_path: Path
 ) -> None:
@@ -133,9 +137,14 @@ def test_a_pickled_student_runs_in_a_process_that_never_converted(
 def test_mixed_layers_all_give_their_maps(family: str) -> None:
     student = student_of(family, FIRST)
     images = laws.pictures(student)
-    with torch.no_grad():
+    old = transformers.__version__.startswith("4.") and family != "clip-vision"
+    # Version 4 gives maps for names of its own only, and warns of that.
+    told_so = pytest.warns(UserWarning, match="is not supported") if old else None
+    with torch.no_grad(), told_so or nullcontext():
         plain = student(images)
         told = student(images, output_attentions=True)
+    if old:
+        return
     assert len(told.attentions) == 2, "every layer answers, converted or not"
     hydra, softmax = told.attentions
     assert hydra.shape[-2:] == softmax.shape[-2:]
