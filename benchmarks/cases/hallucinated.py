@@ -98,7 +98,7 @@ def _core(dim: _Width) -> CoreCase:
         num_tokens=(197, 577, 1024, 4096),
         prefix=0,
         memory=(197, 577, 1024, 4096),
-        budget_s=120.0,
+        budget_s=60.0,
         extra=True,
         targets=(_MEMORY_TARGET,),
     )
@@ -123,7 +123,7 @@ def _layer(
         grids=((14, 14), (24, 24)),
         memory=not compiled,
         compiled=compiled,
-        budget_s=30.0 if not extra else 90.0,
+        budget_s=30.0 if not extra else 50.0,
         extra=extra,
         targets=targets,
     )
@@ -145,7 +145,7 @@ def _model(dim: _Width, *, compiled: bool) -> ModelCase:
         inputs=_INPUTS,
         compiled=compiled,
         memory=not compiled,
-        budget_s=300.0,
+        budget_s=200.0,
         extra=True,
         targets=targets,
     )

@@ -83,7 +83,7 @@ HYDRA_CASES: tuple[Case, ...] = (
         architecture="deit_base_patch16_224",
         entries=EVERYWHERE,
         inputs=_SIZES,
-        budget_s=300.0,
+        budget_s=200.0,
         extra=True,
         targets=(_at_1080p(3.1),),
     ),

@@ -35,7 +35,7 @@ def _layers(dim: Literal[384, 768], *, compiled: bool, extra: bool) -> LayerCase
         batch_sizes=(1,),
         memory=extra and not compiled,
         compiled=compiled,
-        budget_s=90.0 if extra else 40.0,
+        budget_s=50.0 if extra else 40.0,
         extra=extra,
     )
 
@@ -54,7 +54,7 @@ PEER_CASES: tuple[Case, ...] = (
         dim=768,
         num_heads=12,
         num_tokens=(1024, 4096, 8160),
-        budget_s=90.0,
+        budget_s=60.0,
         extra=True,
     ),
 )

@@ -30,7 +30,7 @@ SCALING_CASES: tuple[Case, ...] = (
             (_SOFTMAX.label, _QUADRATIC_TOKENS),
             (HALLUCINATED.label, _QUADRATIC_TOKENS),
         ),
-        budget_s=400.0,
+        budget_s=300.0,
         extra=True,
         targets=(
             Target(
