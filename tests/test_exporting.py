@@ -255,6 +255,7 @@ def test_int8_states_its_accuracy_on_labelled_images(tmp_path: Path) -> None:
     assert exported.labelled.accuracy_model == 1.0
     assert 0 <= exported.labelled.accuracy_file <= 1.0
     assert "accuracy on 20 labelled images: model 100.00 %" in str(exported)
+    assert "(allowed 0.25)" in str(exported)
     kinds = [node.op_type for node in onnx.load(path).graph.node]
     assert kinds.count("MatMulInteger") >= 8
 

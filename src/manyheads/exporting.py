@@ -107,7 +107,7 @@ class Exported:
         lines += [
             f"{check.image_size[0]}x{check.image_size[1]}, {check.images} photographs: "
             f"differs by {check.difference:.1e} of the largest output "
-            f"(allowed {self.tolerance:.0e})"
+            f"(allowed {self.tolerance:g})"
             for check in self.checks
         ]
         if self.labelled:
