@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 from torch import nn
 
@@ -16,7 +18,7 @@ from manyheads.data.photographs import sample_photographs
 from manyheads.drawing import draw
 from manyheads.errors import DataError, InvalidOption
 from manyheads.maps import Maps
-from tests.helpers import tiny_vit
+from tests.helpers import assert_close, tiny_vit
 
 pytest.importorskip("matplotlib", reason="needs the extra: manyheads[draw]")
 
@@ -95,3 +97,43 @@ def test_without_matplotlib_the_missing_extra_is_named() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert 'pip install "manyheads[draw]"' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "grids"),
+    [
+        (
+            "pvt_v2_b0",
+            {"depths": (1, 1, 1, 1), "num_heads": (1, 2, 5, 8)},
+            [(2, 3), (2, 3), (2, 3), (2, 3)],
+        ),
+        (
+            "nextvit_small",
+            {"depths": (1, 1, 5, 1)},
+            [(8, 12), (4, 6), (2, 3)],
+        ),
+    ],
+)
+def test_keys_made_of_several_patches_are_drawn_where_those_lie(
+    name: str, sizes: dict[str, object], grids: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    model = timm.create_model(name, num_classes=7, **sizes).eval()
+    maps = mh.attention_maps(model, torch.randn(1, 3, 64, 96), heads=[0])
+    assert [block.grid for block in maps.blocks] == grids
+    for block in maps.blocks:
+        laid = block.on_grid(block.maps[0, 0])
+        assert_close(laid.sum(dim=(-2, -1)), torch.ones(len(block.queries)))
+    draw(maps, tmp_path / "maps.png")
+    with Image.open(tmp_path / "maps.png") as picture:
+        assert picture.height > picture.width / 3
+
+
+def test_a_run_of_patches_shares_the_weight_of_its_key() -> None:
+    model = timm.create_model("nextvit_small", depths=(1, 1, 5, 1), num_classes=7)
+    maps = mh.attention_maps(model.eval(), torch.randn(1, 3, 64, 64), heads=[0])
+    block = maps.blocks[0]
+    keys = block.maps.shape[-1]
+    assert block.key_run == 64 // keys > 1
+    laid = block.on_grid(torch.arange(keys).float()).flatten()
+    assert laid[: block.key_run].eq(0).all()
+    assert laid[block.key_run].item() == pytest.approx(1 / block.key_run)

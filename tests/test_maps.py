@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -316,3 +317,16 @@ def test_a_block_that_never_runs_is_an_error_and_no_empty_answer() -> None:
     model.blocks[1].forward = lambda x, **_: x
     with pytest.raises(ManyheadsError, match=r"block 1.*did not run.*blocks=\[0\]"):
         mh.attention_maps(model, torch.randn(1, 3, 32, 32))
+
+
+def test_blocks_that_are_convolutions_have_no_maps_and_say_so() -> None:
+    model = timm.create_model("nextvit_small", depths=(1, 1, 5, 1), num_classes=7)
+    images = torch.randn(1, 3, 64, 64)
+    found = mh.attention_maps(model.eval(), images, heads=(), queries=[0])
+    assert [block.block for block in found.blocks] == [1, 6, 7]
+    with pytest.raises(
+        InvalidOption, match=r"block 0.*convolution.*blocks=\[1, 6, 7\]"
+    ):
+        mh.attention_maps(model, images, blocks=[0, 6])
+    with pytest.raises(ManyheadsError, match=r"rollout.*convolution"):
+        attention_rollout(model, images)

@@ -87,7 +87,7 @@ def draw(
         for number in range(len(first.blocks))
     ]
     names = [_row_name(several, number) for number in range(len(rows))]
-    whose = _asked(first.blocks[0], query)
+    whose = _asked(first.blocks, query)
     picture = first.pictures[image]
     colours = picture if len(picture) == 3 else picture[:1].expand(3, -1, -1)
     photo = colours.permute(1, 2, 0).numpy()
@@ -157,9 +157,12 @@ def _of_query(block: BlockMaps, rows: Tensor, query: int | None) -> Tensor:
     return rows[block.queries.index(wanted)]
 
 
-def _asked(block: BlockMaps, query: int | None) -> str:
+def _asked(blocks: Sequence[BlockMaps], query: int | None) -> str:
+    block = blocks[0]
     if query is None and not (block.num_prefix_tokens and 0 in block.queries):
-        return f"seen by the mean of {len(block.queries)} query tokens"
+        counts = {len(one.queries) for one in blocks}
+        many = f"{counts.pop()} query" if len(counts) == 1 else "all query"
+        return f"seen by the mean of {many} tokens"
     wanted = query or 0
     if wanted < block.num_prefix_tokens:
         return "seen by the class token" if wanted == 0 else f"seen by token {wanted}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import isqrt, prod
 from typing import Any, Literal
 
 import torch
@@ -57,7 +58,9 @@ class BlockMaps:
         contributions: For Hydra: each token's share of the summary, summing to one.
         values: What the maps are applied to.
         num_prefix_tokens: Tokens before the patch grid.
-        grid: Rows and columns of the patches; None where they are no grid.
+        grid: Rows and columns of what is looked at, the patches or the fewer keys made
+            of them; None where they are no grid.
+        key_run: Patches, one after the other, that one key stands for; 1 as a rule.
     """
 
     block: int
@@ -72,6 +75,7 @@ class BlockMaps:
     values: Float[Tensor, "B S H K"]
     num_prefix_tokens: int
     grid: Grid | None
+    key_run: int = 1
 
     def on_grid(self, weights: Float[Tensor, "*B S"]) -> Float[Tensor, "*B rows cols"]:
         """Lay the patches' part of a row of weights out as the image lies.
@@ -87,6 +91,10 @@ class BlockMaps:
                 fix="Look at .maps; choose other blocks to draw.",
             )
         patches = weights[..., self.num_prefix_tokens :]
+        if self.key_run > 1:
+            # Each patch of a run has its share; those after the last run have none.
+            patches = patches.repeat_interleave(self.key_run, dim=-1) / self.key_run
+            patches = F.pad(patches, (0, prod(self.grid) - patches.shape[-1]))
         return patches.reshape(*patches.shape[:-1], *self.grid)
 
 
@@ -154,7 +162,8 @@ def attention_maps(
     Args:
         model: A hosted model; it is not touched.
         images: Preprocessed images [B, C, H, W], or picture files.
-        blocks: Block numbers, negative ones from the end; None for all.
+        blocks: Block numbers, negative ones from the end; None for all that have maps,
+            which is all but blocks that mix tokens by a convolution.
         heads: Heads, or features of Hydra blocks; None for all, () for the influence
             alone.
         queries: Query tokens, prefix tokens first, so that 0 is the class token of a
@@ -163,13 +172,13 @@ def attention_maps(
 
     Raises:
         UnknownHost: No host knows the model.
-        InvalidOption: A block, head or query is out of range.
+        InvalidOption: A block, head or query is out of range, or a block has no maps.
         MapsTooLarge: More than 2 GiB of maps were asked for.
         DataError: An image cannot be read or has the wrong form.
         ImageSizeError: The size gives no valid token grid.
     """
     host, sites = find_host(model)
-    chosen = _numbers("blocks", blocks, len(sites))
+    chosen = _with_maps(sites, blocks)
     wanted = host.image_input(model)
     shown = picture_tensor(images, wanted, image_size)
     wished = tuple(None if x is None else tuple(x) for x in (heads, queries))
@@ -177,7 +186,7 @@ def attention_maps(
     spent = [0]
 
     def look(site: Site, call: Call, fed: tuple[int, int]) -> None:
-        grid = _grid(site, wanted, fed, call.q.shape[1])
+        grid = _grid(site, wanted, fed, call)
         found[site.index] = _build(site, call, wished[0], wished[1], grid, spent)
 
     picked = [sites[number] for number in chosen]
@@ -221,10 +230,18 @@ def attention_rollout(
     Raises:
         UnknownHost: No host knows the model.
         InvalidOption: A query is out of range.
-        ManyheadsError: Blocks have different tokens, as in hierarchical models.
+        ManyheadsError: Blocks have different tokens, as in hierarchical models, or mix
+            them by a convolution.
         DataError: An image cannot be read or has the wrong form.
     """
     host, sites = find_host(model)
+    if fixed := [site for site in sites if site.fixed]:
+        raise ManyheadsError(
+            asked=f"a rollout through {type(model).__name__}",
+            found=f"{fixed[0].fixed}, and a rollout follows maps",
+            where=fixed[0].attention_path,
+            fix="Look at single blocks with attention_maps(model, images).",
+        )
     shown = picture_tensor(images, host.image_input(model), image_size)
     calls: dict[int, Call] = {}
     watch(model, host, sites, shown, lambda s, c, _: calls.update({s.index: c}))
@@ -315,22 +332,45 @@ def _build(
         values=call.v.cpu(),
         num_prefix_tokens=core.geometry.num_prefix_tokens,
         grid=grid,
+        key_run=call.q.shape[1] // keys if site.keys_in_runs else 1,
     )
 
 
 def _grid(
-    site: Site, wanted: ImageInput, fed: tuple[int, int], num_tokens: int
+    site: Site, wanted: ImageInput, fed: tuple[int, int], call: Call
 ) -> Grid | None:
     """Scale the native grid to the image that is fed; None where it does not fit."""
-    native = site.geometry.grid
-    if native is None:
+    native, prefix = site.geometry.grid, site.geometry.num_prefix_tokens
+    queries, keys = call.q.shape[1] - prefix, call.k.shape[1] - prefix
+    if native is None or keys < 1:
         return None
     rows, columns = (
         side * cells // size
         for side, cells, size in zip(fed, native, wanted.size, strict=True)
     )
-    held = num_tokens - site.geometry.num_prefix_tokens
-    return (rows, columns) if rows * columns == held else None
+    if rows * columns != queries:
+        return None
+    if site.keys_in_runs or keys == queries:
+        return rows, columns
+    # Fewer keys, each made of a square of patches; what is cut off at an edge is lost.
+    side = isqrt(queries // keys)
+    rows, columns = rows // side, columns // side
+    return (rows, columns) if rows * columns == keys else None
+
+
+def _with_maps(sites: Sequence[Site], blocks: Iterable[int] | None) -> tuple[int, ...]:
+    """Choose among the blocks that have maps; one without is no silent omission."""
+    chosen = _numbers("blocks", blocks, len(sites))
+    there = tuple(number for number in chosen if not sites[number].fixed)
+    if blocks is not None and there != chosen:
+        without = next(sites[number] for number in chosen if sites[number].fixed)
+        raise InvalidOption(
+            asked=f"maps of block {without.index}",
+            found=f"it has none: {without.fixed}",
+            where=without.attention_path,
+            fix=f"Use blocks={[site.index for site in sites if not site.fixed]}.",
+        )
+    return there
 
 
 def _numbers(

@@ -62,6 +62,8 @@ class Site:
             than the queries; None where every token is a key.
         fixed: Why no recipe swaps what mixes tokens here, e.g. a convolution; empty
             where it is attention.
+        keys_in_runs: Whether a reduced key stands for a run of tokens, one after the
+            other in reading order, and not for a square of the grid.
     """
 
     index: int
@@ -77,6 +79,7 @@ class Site:
     fixed_query_heads: str = ""
     keys_path: str | None = None
     fixed: str = ""
+    keys_in_runs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -152,6 +152,7 @@ def _attending(index: int, path: str, block: Any, grid: Grid) -> Site:
         ffn=_compacted(block),
         fixed_query_heads=no_plain_matrix(block.e_mhsa, "q", "k", "v", "proj"),
         keys_path=f"{path}.e_mhsa.k" if block.e_mhsa.sr is not None else None,
+        keys_in_runs=block.e_mhsa.sr is not None,
     )
 
 
