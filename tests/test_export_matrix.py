@@ -10,9 +10,20 @@ import pytest
 pytest.importorskip("onnxruntime", reason="needs the extra: manyheads[export]")
 pytest.importorskip("transformers", reason="needs the extra: manyheads[hf]")
 
-from benchmarks.export_matrix import FAMILIES, PAGE, RECORD, SPECS, export_cell, table
+import torch
+from benchmarks.export_matrix import (
+    FAMILIES,
+    PAGE,
+    RECORD,
+    SPECS,
+    awaken,
+    export_cell,
+    table,
+)
 
 from manyheads.attention import MECHANISMS
+from manyheads.data.exhibits import exhibits
+from manyheads.hosts import find_host
 
 
 def test_every_mechanism_and_family_has_its_cell_for_both_portable_targets() -> None:
@@ -27,6 +38,28 @@ def test_every_mechanism_and_family_has_its_cell_for_both_portable_targets() -> 
 
 def test_the_page_shows_the_record() -> None:
     assert table(json.loads(RECORD.read_text())) in PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_part_of_attention_shows_in_the_outputs(family: str) -> None:
+    # Else an export could have any attention at all and pass the comparison.
+    model = awaken(FAMILIES[family]()).eval()
+    host, sites = find_host(model)
+    wanted = host.image_input(model)
+    images = exhibits(None, wanted).at(wanted.size)
+    with torch.no_grad():
+        before = host.output(host.feed(model, images))
+        for site in (site for site in sites if not site.fixed):
+            layer = model.get_submodule(site.attention_path)
+            for name, parameter in layer.named_parameters():
+                if name in ("k.bias", "k_proj.bias"):
+                    continue  # Softmax ignores what all keys have in common.
+                kept = parameter.clone()
+                parameter.mul_(1.5)
+                after = host.output(host.feed(model, images))
+                parameter.copy_(kept)
+                moved = (after - before).abs().max() / before.abs().max()
+                assert moved > 1e-4, f"{site.attention_path}.{name}"
 
 
 @pytest.mark.slow

@@ -199,6 +199,23 @@ def test_rows_honour_a_mask_as_all_maps_do(spec: AttentionSpec, prefix: int) -> 
     assert_close(rows, whole[:, heads][:, :, queries])
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all keys", "masked"])
+def test_hydra_s_rows_count_keys_where_these_are_fewer(masked: bool) -> None:
+    geometry = Geometry(
+        dim=8, num_heads=2, head_dim=4, num_prefix_tokens=0, grid=(4, 4), scale=0.5
+    )
+    core = mh.Hydra(reference_tokens=9).build(geometry).double()
+    q = torch.randn(2, 16, 2, 4, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 4, 2, 4, dtype=torch.float64).unbind(0)
+    mask = torch.tensor([[True, True, False, True]] * 2) if masked else None
+    everything = {"queries": range(16), "mask": mask}
+    rows = core.rows(q, k, heads=range(8), **everything)
+    assert_close(rows, core.maps(q, k, mask))
+    assert_close(apply_maps(rows, v), core(q, k, v, mask))
+    added = rows * v.flatten(2).transpose(1, 2)[:, :, None]
+    assert_close(core.influence(q, k, v, **everything), added.norm(dim=1))
+
+
 class _Largest(TorchDispatchMode):
     """Notes the largest tensor that any operator gives, in bytes."""
 

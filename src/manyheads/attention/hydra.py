@@ -168,31 +168,31 @@ class HydraAttention(Mechanism):
     def rows(
         self,
         q: Float[Tensor, "B N H K"],
-        k: Float[Tensor, "B N H K"],
+        k: Float[Tensor, "B S H K"],
         *,
         queries: Sequence[int],
         heads: Sequence[int],
-        mask: Bool[Tensor, "B N"] | Tensor | None = None,
+        mask: Bool[Tensor, "B S"] | Tensor | None = None,
         grid: Grid | None = None,
-    ) -> Float[Tensor, "B Mr Nr N"]:
+    ) -> Float[Tensor, "B Mr Nr S"]:
         """Build some rows of some features' maps; `heads` are features here."""
-        kept = key_mask_of(mask, q.shape[0], q.shape[1], "Hydra")
+        kept = key_mask_of(mask, k.shape[0], k.shape[1], "Hydra")
         phi_q, phi_k = _features(q.flatten(2), k.flatten(2), self.spec.kernel, kept)
         features = list(heads)
         chosen = phi_q[:, list(queries)][..., features]
         rows = torch.einsum("bnd,bmd->bdnm", chosen, phi_k[..., features])
-        return _corrected(rows, self.spec.reference_tokens, q.shape[1], kept)
+        return _corrected(rows, self.spec.reference_tokens, k.shape[1], kept)
 
     def influence(
         self,
         q: Float[Tensor, "B N H K"],
-        k: Float[Tensor, "B N H K"],
-        v: Float[Tensor, "B N H K"],
+        k: Float[Tensor, "B S H K"],
+        v: Float[Tensor, "B S H K"],
         *,
         queries: Sequence[int],
-        mask: Bool[Tensor, "B N"] | Tensor | None = None,
+        mask: Bool[Tensor, "B S"] | Tensor | None = None,
         grid: Grid | None = None,
-    ) -> Float[Tensor, "B Nr N"]:
+    ) -> Float[Tensor, "B Nr S"]:
         """Measure what each token adds to some queries' outputs, as a length.
 
             given[n, m]     = phi_q(q_n) * phi_k(k_m) * v_m       one D-vector
@@ -200,18 +200,18 @@ class HydraAttention(Mechanism):
 
         The maps alone do not tell: a feature whose value is zero mixes nothing.
         """
-        kept = key_mask_of(mask, q.shape[0], q.shape[1], "Hydra")
+        kept = key_mask_of(mask, k.shape[0], k.shape[1], "Hydra")
         phi_q, phi_k = _features(q.flatten(2), k.flatten(2), self.spec.kernel, kept)
         gate, given = phi_q[:, list(queries)], phi_k * _wide(v.flatten(2))
         length = torch.einsum("bnd,bmd->bnm", gate.square(), given.square()).sqrt()
-        return _corrected(length, self.spec.reference_tokens, q.shape[1], kept)
+        return _corrected(length, self.spec.reference_tokens, k.shape[1], kept)
 
     def contributions(
         self,
-        k: Float[Tensor, "B N H K"],
-        v: Float[Tensor, "B N H K"],
-        mask: Bool[Tensor, "B N"] | Tensor | None = None,
-    ) -> Float[Tensor, "B N"]:
+        k: Float[Tensor, "B S H K"],
+        v: Float[Tensor, "B S H K"],
+        mask: Bool[Tensor, "B S"] | Tensor | None = None,
+    ) -> Float[Tensor, "B S"]:
         """Give each token's share of the summary vector; the shares sum to one.
 
             given_m = phi_k(k_m) * v_m        summary = sum_m given_m
