@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -116,6 +117,17 @@ def test_what_was_not_recorded_is_said_to_be_missing(tmp_path: Path) -> None:
         assert f"Not recorded in this run: {what}" in page
 
 
+def test_numbers_that_are_none_count_as_not_recorded(tmp_path: Path) -> None:
+    odd = {"flops": math.nan, "latency_ms": math.inf, "peak_mib": "much"}
+    sized = [{"model": m, "image_size": [64, 64], "latency_ms": x}
+             for m, x in (("a", 0.0), ("b", -3.0), ("c", 2.0))]  # fmt: skip
+    run = {"rows": [{"model": "a"} | odd, {"model": "b", "flops": 1e9}], "large": sized}
+    page = report(_run(tmp_path, **run)).read_text()
+    assert not re.search(r">\W*(nan|inf)\b", page)
+    assert "c: 2 at 64" in page
+    assert "a: 0" not in page
+
+
 def test_further_pictures_are_taken_along(tmp_path: Path) -> None:
     Image.new("RGB", (5, 5)).save(tmp_path / "more.jpg")
     path = tmp_path / "page.html"
@@ -129,6 +141,11 @@ def test_further_pictures_are_taken_along(tmp_path: Path) -> None:
     [
         ({"rows": None, "large": None, "converted": None}, "none of rows, large"),
         ({"rows": [1]}, "'rows' is no list of models"),
+        ({"large": [{"model": "a"}]}, r"row 0 has image_size=None.*\[height, width\]"),
+        ({"large": [{"model": "a", "image_size": [0, 9]}]}, r"image_size=\[0, 9\]"),
+        ({"converted": [1]}, r"'converted' is not what preview"),
+        ({"converted": {"rows": ["x"]}}, r"'converted' is not what preview"),
+        ({"figures": "maps.png"}, "'figures' is no list of objects"),
         ({"figures": [{"file": "../x.png"}]}, r"'\.\./x\.png' is not beside it"),
         ({"figures": [{"file": "absent.png"}]}, r"absent\.png.*cannot be read"),
         ({"figures": [{"file": "run.json"}]}, r"no \.png or \.jpg"),

@@ -111,7 +111,28 @@ def _read(source: Path) -> dict[str, Any]:
         )
         if not named:
             raise _unreadable(source, f"{name!r} is no list of models")
+    for number, row in enumerate(found.get("large") or []):
+        if not _is_size(row.get("image_size")):
+            told = f"'large' row {number} has image_size={row.get('image_size')!r}"
+            raise _unreadable(source, f"{told}, which is no [height, width]")
+    converted, figures = found.get("converted") or {}, found.get("figures") or []
+    if not isinstance(converted, dict) or not _are_objects(converted.get("rows") or []):
+        raise _unreadable(source, "'converted' is not what preview().to_json() gives")
+    if not _are_objects(figures):
+        raise _unreadable(source, "'figures' is no list of objects with a 'file'")
     return found
+
+
+def _are_objects(rows: Any) -> bool:
+    return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+
+
+def _is_size(size: Any) -> bool:
+    return (
+        isinstance(size, list)
+        and len(size) == 2
+        and all(isinstance(side, int) and side > 0 for side in size)
+    )
 
 
 def _summary(found: dict[str, Any]) -> str:
@@ -217,7 +238,8 @@ def _chart(rows: Sequence[Row], key: str, title: str, unit: str) -> str:
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         value, size = _number(row, key), _size(row)
-        if value:
+        # The axes are logarithmic.
+        if value is not None and value > 0:
             point = (math.sqrt(size[0] * size[1]), value)
             lines.setdefault(str(row["model"]), []).append(point)
     if not lines:
@@ -308,8 +330,11 @@ def _missing(what: str) -> str:
 
 
 def _number(row: Row, key: str) -> float | None:
+    """Read a number; what is none, or not finite, counts as not recorded."""
     value = row.get(key)
-    return float(value) if isinstance(value, int | float) else None
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    return None
 
 
 def _digits(value: float) -> str:
@@ -317,7 +342,7 @@ def _digits(value: float) -> str:
 
 
 def _size(row: Row) -> tuple[int, int]:
-    height, width = row.get("image_size") or (0, 0)
+    height, width = row["image_size"]
     return int(height), int(width)
 
 
