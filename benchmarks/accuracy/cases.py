@@ -205,6 +205,10 @@ WAYS: dict[str, dict[str, Any]] = {
     | {"learning_rate": 2e-3, "warmup_epochs": 0.05},
     "refit_logits_rate_4e-3_warmup_0.05": ONCE
     | {"learning_rate": 4e-3, "warmup_epochs": 0.05},
+    "logits_rate_2e-3_warmup_0.05": ONCE
+    | {"refit_images": 0, "learning_rate": 2e-3, "warmup_epochs": 0.05},
+    "logits_rate_4e-3_warmup_0.05": ONCE
+    | {"refit_images": 0, "learning_rate": 4e-3, "warmup_epochs": 0.05},
     "refit_logits_new_rate_1e-2": ONCE
     | {"learning_rate": 1e-2, "inherited_rate_factor": 0.1},
     "refit_logits_inherited_rate_1e-4": ONCE | {"inherited_rate_factor": 0.1},
