@@ -120,10 +120,13 @@ def _feed_patches(model: Any, images: Tensor, side: int) -> Any:
     rows, columns = height // side, width // side
     patches = images.reshape(B, C, rows, side, columns, side)
     patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    # Version 4 calls it otherwise in the tower than in the model around it.
+    known = inspect.signature(model.forward).parameters
+    mask = "pixel_attention_mask"
     return model(
         patches,
-        pixel_attention_mask=None,
         spatial_shapes=torch.tensor([[rows, columns]] * B),
+        **{mask if mask in known else "attention_mask": None},
     )
 
 
