@@ -19,6 +19,7 @@ from manyheads.attention import AttentionSpec
 from manyheads.errors import UnknownHost
 from tests.helpers import assert_close
 from tests.hosts import laws
+from tests.hosts.families import FAMILIES
 
 SMALL = {"img_size": 64, "depth": 2, "num_classes": 7, "embed_dim": 48, "num_heads": 4}
 MODELS = {
@@ -250,6 +251,41 @@ for model in models:
 def test_the_other_libraries_compile_too() -> None:
     pytest.importorskip("transformers")
     done = run(_COMPILE_OTHERS)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+_COMPILE_FAMILIES = """
+import sys, torch, manyheads as mh
+from tests.hosts import laws
+from tests.hosts.families import FAMILIES, at
+for name in sys.argv[1:]:
+    size = FAMILIES[name].native
+    model, image = at(name, size), torch.randn(1, 3, *size)
+    host, sites = laws.find_host(model)
+    carried = [spec for spec in laws.SPECS[::-1] if not laws.refused(model, spec)]
+    specs = {site.index: carried[site.index % len(carried)] for site in sites}
+    recipe = mh.Recipe(*(
+        mh.Swap(blocks=[site.index], attention=specs[site.index])
+        for site in sites
+        if not site.fixed and not specs[site.index].exempt(site.geometry)
+    ))
+    student = mh.convert(model, recipe).eval()
+    torch._dynamo.reset()
+    whole = torch.compile(student, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        ours, theirs = host.output(student(image)), host.output(whole(image))
+    assert (ours - theirs).abs().max() < 1e-5, name
+"""
+# These are not called with an image alone.
+FED_OTHERWISE = {"transformers/siglip2", "transformers/clip"}
+FED_OTHERWISE |= {"transformers/mae", "transformers/mae-pretraining"}
+COMPILED = [name for name in FAMILIES if name not in FED_OTHERWISE]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, len(COMPILED), 8))
+def test_every_family_compiles_into_one_graph(first: int) -> None:
+    done = run(_COMPILE_FAMILIES, *COMPILED[first : first + 8])
     assert done.returncode == 0, done.stderr[-2000:]
 
 
