@@ -215,7 +215,8 @@ def _race(
     device: torch.device,
     progress: bool,
 ) -> tuple[tuple[float, ...], ...]:
-    bar = Progress(console=Console(stderr=True), transient=True, disable=not progress)
+    console = Console(stderr=True, quiet=not progress)
+    bar = Progress(console=console, transient=True, disable=not progress)
     with bar, torch.inference_mode():
         task = bar.add_task("Timing, round by round", total=rounds)
         return race(

@@ -558,8 +558,6 @@ def test_an_exported_program_is_right_at_every_size(mix: str) -> None:
 
 @pytest.mark.parametrize("mix", ["both", pytest.param("none", marks=pytest.mark.slow)])
 def test_an_onnx_file_is_right_at_every_size(mix: str, tmp_path: Path) -> None:
-    if mix == "both" and torch.__version__.startswith("2.9."):
-        pytest.skip("torch 2.9 writes an ONNX file that is wrong; export() refuses it")
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     assert "done 5" in _run(_EXPORT + _ONNX, mix, str(tmp_path / "student.onnx"))

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+if triton.__version__.startswith("3.5."):
+    pytest.skip(
+        "the interpreter of Triton 3.5 loses functions that a kernel calls, under the "
+        "hook that checks types, and warns of its own use of NumPy without the hook",
+        allow_module_level=True,
+    )
 HERE = Path(__file__).parent
 
 

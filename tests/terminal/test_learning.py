@@ -247,7 +247,9 @@ def test_only_the_first_of_two_processes_speaks_and_writes(
     line += ["--run-dir", str(tmp_path / "run")]
     ended = subprocess.run(line, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    found = json.loads(ended.stdout)
+    # Torch 2.9 writes of its connections to the output stream, and nothing stops it.
+    lines = ended.stdout.splitlines(keepends=True)
+    found = json.loads("".join(li for li in lines if not li.startswith("[Gloo]")))
     assert found["result"]["processes"] == 2
     assert ended.stderr.count("Written to") == 1
     kept = json.loads((tmp_path / "run" / "config.json").read_text())

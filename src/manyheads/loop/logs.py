@@ -139,7 +139,8 @@ def progress_bar(enabled: bool) -> Progress:
         BarColumn(),
         TextColumn("{task.completed}/{task.total}  {task.fields[told]}"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        # Rich 13 ends even a bar that is disabled with an empty line.
+        console=Console(stderr=True, quiet=not enabled),
         disable=not enabled,
     )
 
