@@ -75,6 +75,32 @@ def test_half_types_stay_within_their_tolerance(
     assert outputs.dtype == getattr(torch, dtype)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("onnx", {"dtype": "float16"}),
+        ("onnx", {"int8": True}),
+        ("pt2", {"dtype": "float16"}),
+        ("pt2", {"dtype": "bfloat16"}),
+        ("aoti", {"dtype": "bfloat16"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", MECHANISMS, ids=lambda kind: kind.__name__)
+def test_every_mechanism_reaches_every_small_type(
+    kind: type[AttentionSpec],
+    target: str,
+    options: dict[str, object],
+    tmp_path: Path,
+) -> None:
+    model = small_model(SMALL.get(kind, kind()))
+    exported = mh.export(model, file_for(tmp_path, target), target=target, **options)
+    assert exported.cell == (8, 8)
+    assert len(exported.checks) == 3
+    assert all(c.difference <= exported.tolerance / 4 for c in exported.checks)
+
+
 def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     model = small_model()
     exported = mh.export(model, tmp_path / "m.pt2", dynamic=False)

@@ -67,12 +67,24 @@ def test_restoring_undoes_the_normalisation() -> None:
     assert (again - tensor[0]).abs().max() < 0.01
 
 
-def test_the_rotation_that_the_camera_noted_is_applied(tmp_path: Path) -> None:
-    image = Image.new("RGB", (40, 20), "red")
+@pytest.mark.parametrize("noted", range(1, 9))
+def test_the_rotation_that_the_camera_noted_is_applied(
+    noted: int, tmp_path: Path
+) -> None:
+    pixels = np.zeros((20, 40, 3), dtype=np.uint8)
+    pixels[:10, :20] = 255  # What is up and left shows each of the eight ways.
+    image = Image.fromarray(pixels)
     exif = image.getexif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_photograph(tmp_path / "turned.jpg").size == (20, 40)
+    exif[0x0112] = noted
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    opened = open_photograph(tmp_path / "turned.jpg")
+    turned = noted > 4
+    assert opened.size == ((20, 40) if turned else (40, 20))
+    ways = [np.asarray, np.fliplr, lambda x: x[::-1, ::-1], np.flipud]
+    ways += [lambda x: x.T, lambda x: np.rot90(x, -1)]
+    ways += [lambda x: x[::-1, ::-1].T, np.rot90]
+    expected = ways[noted - 1](pixels[..., 0]).astype(int)
+    assert abs(np.asarray(opened.convert("L")).astype(int) - expected).max() < 40
 
 
 @pytest.mark.parametrize(
@@ -84,6 +96,10 @@ def test_the_rotation_that_the_camera_noted_is_applied(tmp_path: Path) -> None:
         ("P", 0, "gif", 0),
         ("1", 1, "png", 255),
         ("I;16", 65535, "png", 255),
+        ("I;16", 32768, "png", 128),
+        ("RGBA", (0, 0, 0, 128), "png", 127),
+        ("LA", (0, 128), "png", 127),
+        ("LAB", (255, 128, 128), "tif", 255),
     ],
     ids=lambda value: str(value),
 )

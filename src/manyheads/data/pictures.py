@@ -72,6 +72,8 @@ def as_mode(image: Image.Image, channels: int) -> Image.Image:
     if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(ground, image.convert("RGBA"))
+    if image.mode in ("LAB", "HSV"):
+        image = image.convert("RGB")  # There is no direct way to grey.
     return image.convert("L" if channels == 1 else "RGB")
 
 
