@@ -47,7 +47,7 @@ def test_every_option_of_export_reaches_the_file(
         *("--fixed", "--image-size", "48x64", "--tolerance", "0.05"),
     )["result"]
     assert (half["dtype"], half["cell"], half["tolerance"]) == ("float16", None, 0.05)
-    assert [check["image_size"] for check in half["checks"]] == [[48, 64]]
+    assert [check["image_size"] for check in half["checks"]] == [[48, 64]] * 2
     whole = terminal.json(
         *("export", teacher, str(tmp_path / "int8.onnx"), "--int8"),
         *("--images", pictures, "--target", "onnx"),

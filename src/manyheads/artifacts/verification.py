@@ -45,11 +45,15 @@ class LabelledCheck:
 def compare(
     model: nn.Module, host: Host, artifact: Artifact, shown: Exhibits
 ) -> Iterator[Check]:
-    """Compare at the native size, and at a larger and an oblong one where they run."""
+    """Compare at the native size, and at a larger and an oblong one where they run.
+
+    Where only the native size runs it is compared with two photographs and with one.
+    """
     native = artifact.card.image.size
-    sizes = [native]
+    sizes = [native, native]
     if artifact.card.cell is not None:
         grid = tuple(s // c for s, c in zip(native, artifact.card.cell, strict=True))
+        sizes.pop()
         more = tuple(side + max(1, side // 2) for side in grid)
         for rows, columns in (more, (grid[0], more[1])):
             sizes.append(
@@ -58,7 +62,7 @@ def compare(
     for number, size in enumerate(sizes):
         batch = shown.at(size)
         # One photograph in one of the runs: a batch that was frozen shows there.
-        batch = batch[:1] if number == len(sizes) - 1 > 0 else batch
+        batch = batch[:1] if number == len(sizes) - 1 else batch
         expected = _run_at(model, host, batch, resize=size != native)
         yield Check(
             image_size=size,

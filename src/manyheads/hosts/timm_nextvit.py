@@ -122,6 +122,14 @@ class TimmNextViT(TimmPyramid):
             permute_outputs(projection, index)
         permute_inputs(layer.proj, index)
 
+    def free_size(self, model: Any) -> Grid | None:
+        """Do as every pyramid does, and lay pooled keys out in order."""
+        for site in self.sites(model):
+            if site.keys_path is not None:
+                layer: Any = model.get_submodule(site.attention_path)
+                layer.norm = _InOrder(layer.norm)
+        return super().free_size(model)
+
     def track_grid(self, model: nn.Module) -> None:
         """Hook the layer before the attention where a mechanism asks for the grid."""
         for block in model.modules():
@@ -132,6 +140,26 @@ class TimmNextViT(TimmPyramid):
                 layer.token_grid = TokenGrid()
                 before = block.get_submodule("patch_embed")
                 before.register_forward_hook(layer.token_grid.watch_map)
+
+
+class _InOrder(nn.Module):
+    """Lays pooled keys out token by token, as the projections after it read them.
+
+    Otherwise a tracer asks whether these can be read in place, which holds for one
+    image and for no other batch, and refuses one image for ever.
+
+    Args:
+        norm: What normalises pooled tokens, channels first.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise; the numbers stay as they are."""
+        laid: Tensor = self.norm(x).transpose(1, 2).contiguous()
+        return laid.transpose(1, 2)
 
 
 def _is(module: nn.Module, name: str) -> bool:
