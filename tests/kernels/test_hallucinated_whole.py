@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -40,7 +42,7 @@ def _tokens(num_heads: int, n: int, dtype: torch.dtype = torch.float64) -> list[
     ]
 
 
-def _operators(module: HallucinatedAttention, inputs: list[Tensor]) -> set[str]:
+def _operators(module: HallucinatedAttention, inputs: list[Any]) -> set[str]:
     with torch.profiler.profile() as profile:
         module(*inputs)
     return {event.key for event in profile.key_averages()}
@@ -91,6 +93,28 @@ def test_maps_of_many_heads_of_one_and_of_some_rows_give_the_same(n: int) -> Non
     with torch.no_grad():
         assert _OPERATOR in _operators(module, inputs)
         assert_close(module(*inputs), module.reference(*inputs))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["sequence", "grid"])
+@pytest.mark.parametrize("partners", [(0, 1, 2), (0, 0, 1)])
+def test_lots_of_images_and_lots_of_heads_give_the_same(
+    layout: str, partners: tuple[int, ...], threads: int
+) -> None:
+    before = torch.get_num_threads()
+    module = _module({"rank": 2, "layout": layout}, 6)
+    module.pair(partners)
+    images = 5
+    real = torch.randn(2, images, 197, 3, 4, dtype=torch.float64)
+    values = torch.randn(images, 197, 6, 4, dtype=torch.float64)
+    inputs: list[Any] = [*real, values, None, (14, 14)]
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            assert _OPERATOR in _operators(module, inputs)
+            assert_close(module(*inputs), module.reference(*inputs))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -1,9 +1,10 @@
-"""Hallucinated attention on probabilities as one operator, image by image.
+"""Hallucinated attention on probabilities as one operator, lot by lot.
 
 `manyheads.kernels.hallucinated` has the same in pieces, which autograd can follow: a
 blend of all values, one attention, a blend of all outputs. Between the pieces lie
-copies as large as the batch. Here every step takes one image, whose tensors stay in the
-cache, and writes where the next one reads. The slow twin is
+copies as large as the batch. Here every step takes one lot, the heads of an image or
+one head of all images, whose tensors stay in the cache, and writes where the next one
+reads. The slow twin is
 `manyheads.attention.blending.hallucinated_maps` applied to the values.
 """
 
@@ -23,7 +24,10 @@ from manyheads.kernels.registration import register_autocast
 
 __all__ = ["hallucinated_attention", "takes_whole"]
 
-_BLOCK_ELEMENTS = 2**19
+# Elements of maps that a thread builds at a time: whole ones up to the first, rows of
+# one up to the second. With 2**19 for both, and one map at a time for all threads, 577
+# tokens took 1.05 and 8,161 tokens 1.2 times as long (two threads, 6 and 3 real heads).
+_WHOLE_ELEMENTS, _ROWS_ELEMENTS = 2**19, 2**21
 
 
 def takes_whole(*tensors: Tensor) -> bool:
@@ -57,8 +61,8 @@ def hallucinated_attention(
 ) -> Tensor:
     """Mix values by real maps and by blends of them; there is no gradient.
 
-    Cost: O(N S) time per feature. The largest temporaries are one image's widened
-    values and outputs, and one block of at most two MiB of maps in float32.
+    Cost: O(N S) time per feature. The largest temporaries are one lot's widened values
+    and outputs, and a block of maps: at most eight MiB a thread in float32.
 
     Args:
         q: Queries [B, N, real heads, E].
@@ -75,30 +79,19 @@ def hallucinated_attention(
     Returns:
         Mixed values [B, N, H, V].
     """
-    real = q.shape[2]
     out = v.new_empty(*q.shape[:2], *v.shape[2:])
-    for run in _runs(served):
-        room = _make_room(q, v, run, query_kernel.shape[1])
-        widen = _plans(key_kernel.flip(-1), v, run, v.shape[1] - prefix, cells)
-        narrow = _plans(query_kernel, v, run, q.shape[1] - prefix, cells)
-        shape = run.num_heads, run.each
-        behind = slice(real + run.derived.start, real + run.derived.stop)
-        for image in range(len(q)):
-            source = torch.unflatten(v[image, :, behind], 1, shape)
-            room.values[:, :, 0] = v[image, :, run.heads]
-            for term, plan in enumerate(widen):
-                lane = room.lanes[:, :, :, term]
-                if prefix:
-                    lane[:prefix] = 0 if term else source[:prefix]
-                _blend(lane[prefix:], source[prefix:], plan, add=False)
-            _attend(q[image, :, run.heads], k[image, :, run.heads], room, scale)
-            goal = torch.unflatten(out[image, :, behind], 1, shape)
-            out[image, :, run.heads] = room.mixed[:, :, 0]
-            if prefix:
-                goal[:prefix] = room.mixed_lanes[:prefix, :, :, 0]
-            for term, plan in enumerate(narrow):
-                lane = room.mixed_lanes[prefix:, :, :, term]
-                _blend(goal[prefix:], lane, plan, add=term > 0)
+    for run in _runs(served, q.shape[2]):
+        lots = _by_lot(run, q, k, v, out)
+        room = _make_room(lots, run.each, query_kernel.shape[1])
+        among, to = v.shape[1] - prefix, q.shape[1] - prefix
+        wideners = _plans(key_kernel, run, lots, among, cells, mirrored=True)
+        narrowers = _plans(query_kernel, run, lots, to, cells)
+        for lot, (widen, narrow) in enumerate(zip(wideners, narrowers, strict=True)):
+            room.values.copy_(lots.v[lot])
+            _widen(room.lanes, lots.source[lot], widen, prefix)
+            _attend(lots.q[lot], lots.k[lot], room, scale)
+            lots.out[lot].copy_(room.mixed)
+            _narrow(lots.goal[lot], room.mixed_lanes, narrow, prefix)
     return out
 
 
@@ -123,6 +116,7 @@ class _Run(NamedTuple):
 
     heads: slice
     derived: slice
+    behind: slice
     each: int
 
     @property
@@ -130,24 +124,68 @@ class _Run(NamedTuple):
         return int(self.heads.stop - self.heads.start)
 
 
-def _runs(served: Sequence[int]) -> Iterator[_Run]:
-    first = behind = 0
+def _runs(served: Sequence[int], real: int) -> Iterator[_Run]:
+    first = derived = 0
     for each, members in itertools.groupby(served):
         count = len(list(members))
-        derived = slice(behind, behind + count * each)
-        yield _Run(slice(first, first + count), derived, each)
-        first, behind = first + count, derived.stop
+        stop = derived + count * each
+        behind = slice(real + derived, real + stop)
+        yield _Run(slice(first, first + count), slice(derived, stop), behind, each)
+        first, derived = first + count, stop
+
+
+class _Lots(NamedTuple):
+    """Views by lot: the heads of one image, or one head of all images.
+
+    Attributes:
+        q: Queries [lots, maps, N, E].
+        k: Keys [lots, maps, S, E].
+        v: Values of the real heads [lots, maps, S, V].
+        source: Values of those that each real head serves [lots, maps, S, each, V].
+        out: Where the real heads write [lots, maps, N, V].
+        goal: Where the others do [lots, maps, N, each, V].
+        by_head: Whether a lot is a head.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    source: Tensor
+    out: Tensor
+    goal: Tensor
+    by_head: bool
+
+
+def _by_lot(run: _Run, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> _Lots:
+    """Make lots that fill the threads: images, or heads where there are fewer.
+
+    Three real heads on two threads take as long as four. With eight images of 197
+    tokens a lot for each head took 0.73 of the time of a lot for each image; with six
+    real heads, 1.05 of it.
+    """
+    uneven = run.num_heads % torch.get_num_threads() != 0
+    by_head = uneven and len(q) > run.num_heads
+    first = (2, 0, 1) if by_head else (0, 2, 1)
+    shape = run.num_heads, run.each
+    plain = (x[:, :, run.heads].permute(*first, 3) for x in (q, k, v, out))
+    served = (
+        torch.unflatten(x[:, :, run.behind], 2, shape).permute(*first, 3, 4)
+        for x in (v, out)
+    )
+    queries, keys, values, own = plain
+    source, goal = served
+    return _Lots(queries, keys, values, source, own, goal, by_head)
 
 
 class _Room(NamedTuple):
-    """Memory for one image, used again for the next: fresh memory faults in by pages.
+    """Memory for one lot, used again for the next: fresh memory faults in by pages.
 
     Attributes:
-        wide: Values with their lanes [heads, S, (1 + lanes) V], as products take them.
-        values: The same by token [S, heads, 1 + lanes, V].
-        lanes: The lanes among them [S, heads, hallucinated heads of each, terms, V].
-        out: What the maps make of `wide` [heads, N, (1 + lanes) V].
-        mixed: The same by token.
+        wide: Values with their lanes [maps, S, (1 + lanes) V], as products take them.
+        values: The real heads' own [maps, S, V].
+        lanes: The lanes among them [maps, S, hallucinated heads of each, terms, V].
+        out: What the maps make of `wide` [maps, N, (1 + lanes) V].
+        mixed: The real heads' own [maps, N, V].
         mixed_lanes: The lanes among them.
         scores: One block of maps.
     """
@@ -161,90 +199,137 @@ class _Room(NamedTuple):
     scores: Tensor
 
 
-def _make_room(q: Tensor, v: Tensor, run: _Run, terms: int) -> _Room:
-    lanes = 1 + run.each * terms
-    wide, out = (
-        v.new_empty(run.num_heads, tokens, lanes, v.shape[-1])
-        for tokens in (v.shape[1], q.shape[1])
-    )
-    values, mixed = wide.transpose(0, 1), out.transpose(0, 1)
-    heads, rows = _block(run.num_heads, q.shape[1], v.shape[1])
-    beside = run.each, terms
+def _make_room(lots: _Lots, each: int, terms: int) -> _Room:
+    q, v = lots.q[0], lots.v[0]
+    (maps, N), (S, width) = q.shape[:2], v.shape[1:]
+    wide, out = (v.new_empty(maps, n, 1 + each * terms, width) for n in (S, N))
+    at_once, rows = _block(maps, N, S)
+    beside = each, terms
     return _Room(
         wide=wide.flatten(2),
-        values=values,
-        lanes=torch.unflatten(values[:, :, 1:], 2, beside),
+        values=wide[:, :, 0],
+        lanes=torch.unflatten(wide[:, :, 1:], 2, beside),
         out=out.flatten(2),
-        mixed=mixed,
-        mixed_lanes=torch.unflatten(mixed[:, :, 1:], 2, beside),
-        scores=q.new_empty(heads * rows * v.shape[1]),
+        mixed=out[:, :, 0],
+        mixed_lanes=torch.unflatten(out[:, :, 1:], 2, beside),
+        scores=q.new_empty(at_once * rows * S),
     )
 
 
-def _block(heads: int, queries: int, keys: int) -> tuple[int, int]:
-    """Say of how many heads, and of how many queries, maps are built at a time.
+def _block(maps: int, queries: int, keys: int) -> tuple[int, int]:
+    """Say how many maps, and how many of their queries, are built at a time.
 
-    Whole maps of several heads where they are small, some rows of one where they are
-    large.
+    Several whole maps a thread where they are small, some rows of one where they are
+    large. An odd one out would leave threads idle: three maps on two threads take as
+    long as four.
     """
-    fitting = _BLOCK_ELEMENTS // max(1, queries * keys)
-    if fitting:
-        return min(heads, fitting), queries
-    return 1, max(1, _BLOCK_ELEMENTS // keys)
+    threads = torch.get_num_threads()
+    whole = _WHOLE_ELEMENTS // max(1, queries * keys)
+    if whole:
+        return min(maps, whole * threads), queries
+    return min(maps, threads), min(queries, max(1, _ROWS_ELEMENTS // keys))
 
 
 def _attend(q: Tensor, k: Tensor, room: _Room, scale: float) -> None:
-    """Mix the values of one image, block by block of its maps; softmax in float32."""
-    (N, H), S = q.shape[:2], len(k)
-    queries, keys = q.transpose(0, 1), k.permute(1, 2, 0)
-    heads, rows = _block(H, N, S)
-    for head, row in itertools.product(range(0, H, heads), range(0, N, rows)):
-        at = slice(head, head + heads), slice(row, row + rows)
-        some = queries[at]
-        shape = *some.shape[:2], S
+    """Mix the values of one lot, block by block of its maps; softmax in float32."""
+    (lot, N), S = q.shape[:2], k.shape[1]
+    keys = k.mT
+    maps, rows = _block(lot, N, S)
+    for first, row in itertools.product(range(0, lot, maps), range(0, N, rows)):
+        some = slice(first, first + maps)
+        queries, out = q[some, row : row + rows], room.out[some, row : row + rows]
+        shape = *queries.shape[:2], S
         scores = room.scores[: math.prod(shape)].view(shape)
-        torch.baddbmm(scores, some, keys[at[0]], beta=0, alpha=scale, out=scores)
-        maps = scores if scores.dtype is torch.float64 else scores.float()
-        torch.softmax(maps, dim=-1, out=maps)
-        torch.bmm(maps.to(q.dtype), room.wide[at[0]], out=room.out[at])
+        torch.baddbmm(scores, queries, keys[some], beta=0, alpha=scale, out=scores)
+        wide = scores if scores.dtype is torch.float64 else scores.float()
+        torch.softmax(wide, dim=-1, out=wide)
+        torch.bmm(wide.to(q.dtype), room.wide[some], out=out)
 
 
 class _Plan(NamedTuple):
-    """How one term blends a picture: shifted copies, each with a weight a feature.
+    """How one term blends pictures: shifted copies, each with a weight a feature.
 
     Attributes:
-        size: Rows and columns of the picture.
+        size: Rows and columns of a picture.
         centre: Weight of what stays in its place.
         shifts: Weights, where they act, and what they act on.
     """
 
     size: tuple[int, int]
     centre: Tensor
-    shifts: list[tuple[Tensor, tuple[slice, slice], tuple[slice, slice]]]
+    shifts: Sequence[tuple[Tensor, tuple[slice, ...], tuple[slice, ...]]]
 
 
 def _plans(
-    kernel: Tensor, v: Tensor, run: _Run, tokens: int, cells: Sequence[int] | None
-) -> list[_Plan]:
-    """Spread each term's taps over the features, which is faster than to broadcast."""
+    kernel: Tensor,
+    run: _Run,
+    lots: _Lots,
+    tokens: int,
+    cells: Sequence[int] | None,
+    *,
+    mirrored: bool = False,
+) -> list[list[_Plan]]:
+    """Plan the terms of every lot.
+
+    Each tap is spread over the features, which is faster than to broadcast it.
+
+    Args:
+        kernel: Taps [hallucinated heads, terms, taps].
+        run: Which heads.
+        lots: What is blended.
+        tokens: How many are.
+        cells: Rows and columns of them; None for the sequence.
+        mirrored: Whether the taps go the other way, as those over keys do on values.
+    """
     rows, columns = cells or (tokens, 1)
-    of_run = kernel[run.derived].to(v.dtype)[..., None]
-    spread = of_run.expand(-1, -1, -1, v.shape[-1]).contiguous()
-    plans = []
-    for taps in torch.unflatten(spread, 0, (run.num_heads, run.each)).unbind(2):
-        weights = taps.unbind(2)
-        found = neighbours(len(weights), rows, columns, square=cells is not None)
-        shifts = [(weights[tap], here, there) for tap, here, there in found]
-        plans.append(_Plan((rows, columns), weights[len(weights) // 2], shifts))
-    return plans
+    width = lots.v.shape[-1]
+    spread = kernel[run.derived].to(lots.v.dtype).permute(1, 2, 0)[..., None]
+    spread = spread.expand(-1, -1, -1, width).contiguous()
+    # Pictures are [maps, rows, columns, each, V].
+    spread = spread.view(*spread.shape[:2], run.num_heads, 1, 1, run.each, width)
+    terms = [term.unbind() for term in spread.unbind()]
+    if mirrored:
+        terms = [taps[::-1] for taps in terms]
+    found = [
+        (tap, (slice(None), *here), (slice(None), *there))
+        for tap, here, there in neighbours(
+            kernel.shape[-1], rows, columns, square=cells is not None
+        )
+    ]
+
+    def plan(taps: Sequence[Tensor]) -> _Plan:
+        shifts = [(taps[tap], here, there) for tap, here, there in found]
+        return _Plan((rows, columns), taps[len(taps) // 2], shifts)
+
+    if not lots.by_head:
+        return [[plan(taps) for taps in terms]] * len(lots.q)
+    by_head = [zip(*(tap.unbind() for tap in taps), strict=True) for taps in terms]
+    return [[plan(taps) for taps in of_head] for of_head in zip(*by_head, strict=True)]
+
+
+def _widen(lanes: Tensor, source: Tensor, plans: Sequence[_Plan], prefix: int) -> None:
+    """Blend values [maps, S, each, V] into a lane for each term."""
+    for term, plan in enumerate(plans):
+        lane = lanes[:, :, :, term]
+        if prefix:
+            lane[:, :prefix] = 0 if term else source[:, :prefix]
+        _blend(lane[:, prefix:], source[:, prefix:], plan, add=False)
+
+
+def _narrow(goal: Tensor, lanes: Tensor, plans: Sequence[_Plan], prefix: int) -> None:
+    """Blend what the maps made of each lane, and add up the terms."""
+    if prefix:
+        goal[:, :prefix] = lanes[:, :prefix, :, 0]
+    for term, plan in enumerate(plans):
+        _blend(goal[:, prefix:], lanes[:, prefix:, :, term], plan, add=term > 0)
 
 
 def _blend(out: Tensor, x: Tensor, plan: _Plan, *, add: bool) -> None:
-    """Convolve tokens [N, ..., V] by one term, into or onto `out`."""
+    """Convolve tokens [maps, N, each, V] by one term, into or onto `out`."""
+    goal, source = (torch.unflatten(y, 1, plan.size) for y in (out, x))
     if add:
-        out.addcmul_(x, plan.centre)
+        goal.addcmul_(source, plan.centre)
     else:
-        torch.mul(x, plan.centre, out=out)
-    goal, source = (torch.unflatten(y, 0, plan.size) for y in (out, x))
+        torch.mul(source, plan.centre, out=goal)
     for weight, here, there in plan.shifts:
         goal[here].addcmul_(source[there], weight)
