@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from manyheads.kernels.hallucinated import choose_form, wide_attention
+from manyheads.kernels.hallucinated import (
+    blend_tokens,
+    choose_form,
+    wide_attention,
+)
+from tests.helpers import assert_close
 
 
 # opcheck itself reads .grad of a tensor that is no leaf.
@@ -22,3 +27,22 @@ def test_equal_widths_take_torchs_fused_attention_and_others_blocks_on_cpu() -> 
     q = torch.empty(1, 5, 2, 4)
     assert choose_form(q, q) == "fused"
     assert choose_form(q, torch.empty(1, 5, 2, 8)) == "chunked"
+
+
+@pytest.mark.parametrize("terms", [1, 2])
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize(("cells", "taps"), [(None, 3), (None, 5), ((3, 4), 9)])
+def test_the_form_that_is_exported_blends_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+    cells: tuple[int, int] | None,
+    taps: int,
+    prefix: int,
+    terms: int,
+) -> None:
+    x = torch.randn(2, 12 + prefix, 3, 1, 4, dtype=torch.float64)
+    kernel = torch.randn(3, terms, taps, dtype=torch.float64)
+    expected = blend_tokens(x, kernel, prefix, cells)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert_close(blend_tokens(x, kernel, prefix, cells), expected)
+    lanes = x.expand(-1, -1, -1, terms, -1)
+    assert_close(blend_tokens(lanes, kernel, prefix, cells), expected)
