@@ -168,6 +168,18 @@ def test_turns_alternate_and_no_round_begins_when_time_is_over() -> None:
     assert "".join(seen) == "aaabbb" + "abbaab"
 
 
+def test_each_may_be_called_once_before_its_turn() -> None:
+    seen: list[str] = []
+    race(
+        [lambda: seen.append("a"), lambda: seen.append("b")],
+        rounds=3,
+        budget_s=0.0,
+        device=CPU,
+        rehearse=True,
+    )
+    assert "".join(seen) == "aaabbb" + "aabb" + "bbaa" + "aabb"
+
+
 def test_ratios_are_taken_within_rounds() -> None:
     found = ratios([2.0, 40.0, 6.0], [1.0, 10.0, 3.0])
     assert (found.lower, found.median, found.upper) == (2.0, 2.0, 3.0)

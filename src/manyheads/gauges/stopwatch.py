@@ -44,6 +44,7 @@ def race(
     budget_s: float,
     device: torch.device,
     on_round: Callable[[int], None] | None = None,
+    rehearse: bool = False,
 ) -> tuple[tuple[float, ...], ...]:
     """Let all take turns and give the seconds of every turn.
 
@@ -56,6 +57,9 @@ def race(
         budget_s: No round is begun after so many seconds, once there are three.
         device: Where the work happens.
         on_round: Called after each round with the number of rounds done.
+        rehearse: Call each once, untimed, right before each of its turns. Contestants
+            with threads of their own need it: threads that wait by spinning take the
+            cores from whoever is next.
 
     Returns:
         Per contestant, the seconds of each round; equally many for all.
@@ -74,6 +78,8 @@ def race(
             if late and done >= LEAST_ROUNDS:
                 break
             for place in order if done % 2 == 0 else reversed(order):
+                if rehearse:
+                    contestants[place]()
                 laps[place].append(_seconds(contestants[place], device))
             if on_round is not None:
                 on_round(done + 1)
