@@ -250,7 +250,12 @@ def _grid(num_patches: int) -> Grid:
 
 
 def _page_faults(call: Call) -> int:
-    """Count the pages that one warm call makes the system hand out."""
+    """Count the pages that one warm call makes the system hand out.
+
+    What was measured before may hold other memory by now, so that a first call has to
+    ask for more where those that were timed did not.
+    """
+    call()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     call()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
