@@ -148,6 +148,10 @@ def test_it_reads_a_packed_projection_in_place() -> None:
         assert_close(module(*inputs), module.reference(*inputs))
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.9."),
+    reason="torch 2.9 cannot trace the hook that checks types under test",
+)
 def test_a_compiled_call_keeps_it_as_one_node() -> None:
     q, k, v = _tokens(4, 9)
     kernels = torch.randn(2, 2, 1, 3, dtype=torch.float64)
