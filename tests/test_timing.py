@@ -16,7 +16,11 @@ from torch import nn
 from manyheads import Hydra, Recipe, Swap, bench, convert, cost
 from manyheads.errors import InvalidOption, UnknownHost
 from manyheads.gauges.machine import conditions
-from manyheads.gauges.memory import measure_memory
+from manyheads.gauges.memory import (
+    give_back_freed,
+    measure_memory,
+    resident_bytes,
+)
 from manyheads.gauges.stopwatch import race, ratios, spread
 from tests.helpers import tiny_vit
 
@@ -130,6 +134,19 @@ def test_memory_is_that_of_a_fresh_process() -> None:
     # The hidden layer of the blocks alone: 256 images, 17 tokens, 192 features.
     assert row.extra_mib > 256 * 17 * 192 * 4 / 2**20
     assert row.extra_mib < row.peak_mib
+
+
+def test_memory_that_was_freed_is_given_back_before_running_is_measured() -> None:
+    blocks = [bytes(100_000) for _ in range(2000)]
+    kept = blocks[-1]
+    del blocks
+    before = resident_bytes()
+    give_back_freed()
+    after = resident_bytes()
+    assert before is not None
+    assert after is not None
+    assert before - after > 100 * 2**20
+    assert len(kept) == 100_000
 
 
 def test_memory_that_cannot_be_measured_is_none_with_a_warning() -> None:

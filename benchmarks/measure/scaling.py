@@ -26,7 +26,7 @@ import manyheads.backbones  # noqa: F401 - importing registers our own with timm
 from benchmarks.kinds import Entry, ScalingCase
 from benchmarks.measure.racing import Row, Watch, in_ms
 from manyheads import Recipe, convert, cost
-from manyheads.gauges.memory import forget_peak, resident_bytes
+from manyheads.gauges.memory import forget_peak, give_back_freed, resident_bytes
 from manyheads.hosts import find_host
 
 __all__ = ["scaling_rows"]
@@ -131,6 +131,7 @@ def _probe(job: dict[str, Any]) -> dict[str, Any]:
     model = model.to(getattr(torch, job["dtype"]))
     images = torch.randn(1, host.image_input(model).channels, *fed)
     images = images.to(next(model.parameters()))
+    give_back_freed()
     loaded = resident_bytes() or 0
     forget_peak(on_gpu=False)
     # The first call warms up and is not counted.

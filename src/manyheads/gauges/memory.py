@@ -10,6 +10,7 @@ a moment later, in a folder nobody else may open:
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -24,7 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Memory", "forget_peak", "measure_memory", "resident_bytes"]
+__all__ = [
+    "Memory",
+    "forget_peak",
+    "give_back_freed",
+    "measure_memory",
+    "resident_bytes",
+]
 
 _JOB = "job.pt"
 _MIB = 2**20
@@ -107,7 +114,7 @@ def _probe(folder: str) -> dict[str, float] | str:
     torch.set_num_threads(job["threads"])
     model, images, feed = job["model"], job["images"], job["feed"]
     del job
-    gc.collect()
+    give_back_freed()
     on_gpu = images.device.type == "cuda"
     read = _gpu_bytes if on_gpu else resident_bytes
     loaded = read()
@@ -138,6 +145,19 @@ def resident_bytes(field: str = "VmRSS") -> int | None:
 
 def _gpu_bytes() -> int:
     return torch.cuda.memory_allocated()
+
+
+def give_back_freed() -> None:
+    """Let go of what loading used and freed, which running would take in silence.
+
+    Where the C library is not glibc it may stay, and the figure is then too low for
+    small images.
+    """
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return
 
 
 def forget_peak(*, on_gpu: bool) -> None:
