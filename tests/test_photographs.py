@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -20,10 +21,15 @@ from manyheads.data.photographs import (
     sample_photographs,
 )
 from manyheads.errors import DataError
-from manyheads.hosts import ImageInput
+from manyheads.hosts import CropMode, ImageInput
 
 
-def _wanted(size: tuple[int, int], crop: float = 0.9, channels: int = 3) -> ImageInput:
+def _wanted(
+    size: tuple[int, int],
+    crop: float = 0.9,
+    channels: int = 3,
+    mode: CropMode = "center",
+) -> ImageInput:
     return ImageInput(
         channels=channels,
         size=size,
@@ -31,21 +37,24 @@ def _wanted(size: tuple[int, int], crop: float = 0.9, channels: int = 3) -> Imag
         std=(0.2, 0.25, 0.3)[:channels],
         interpolation="bicubic",
         crop=crop,
+        crop_mode=mode,
     )
 
 
+@pytest.mark.parametrize("mode", get_args(CropMode))
 @pytest.mark.parametrize("crop", [0.875, 1.0])
 @pytest.mark.parametrize("size", [(224, 224), (224, 336), (32, 32)], ids=str)
 def test_a_photograph_becomes_what_timm_makes_of_it_in_evaluation(
-    size: tuple[int, int], crop: float
+    size: tuple[int, int], crop: float, mode: CropMode
 ) -> None:
-    wanted = _wanted(size, crop)
+    wanted = _wanted(size, crop, mode=mode)
     transform = create_transform(
         (3, *size),
         mean=wanted.mean,
         std=wanted.std,
         interpolation="bicubic",
         crop_pct=crop,
+        crop_mode=mode,
     )
     for path in sample_photographs():
         image = open_photograph(path)

@@ -12,6 +12,7 @@ __all__ = ["HALLUCINATED", "HALLUCINATED_CASES", "HALLUCINATED_GATE"]
 
 HALLUCINATED_GATE = (
     "tests/kernels/test_hallucinated.py",
+    "tests/kernels/test_hallucinated_whole.py",
     "tests/attention/test_hallucinated.py",
     "tests/test_ffn.py",
     "tests/hosts/test_timm_vit.py",

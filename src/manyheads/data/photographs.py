@@ -1,8 +1,8 @@
 """Photographs as models want them: decoded in bounded memory, cropped, normalised.
 
-The result is what the model's library computes in evaluation: shorter side to
-``size / crop``, centre crop, mean and standard deviation. It is computed crop first,
-so that a picture of one by ten thousand pixels is never blown up.
+The result is what the model's library computes in evaluation: resized to
+``size / crop`` as its crop mode says, centre crop, mean and standard deviation. It is
+computed crop first, so that a picture of one by ten thousand pixels is never blown up.
 """
 
 from __future__ import annotations
@@ -95,9 +95,13 @@ def frame(
 ) -> Image.Image:
     """Cut and scale a picture as the model's library does in evaluation."""
     height, width = size or wanted.size
-    box = _crop_box(image.size, (height, width), wanted.crop)
     resample = _FILTERS.get(wanted.interpolation, Image.Resampling.BICUBIC)
-    return as_mode(image, wanted.channels).resize((width, height), resample, box=box)
+    picture = as_mode(image, wanted.channels)
+    if wanted.crop_mode == "border":
+        return _bordered(picture, wanted, (height, width), resample)
+    squash = wanted.crop_mode == "squash"
+    box = _crop_box(image.size, (height, width), wanted.crop, squash=squash)
+    return picture.resize((width, height), resample, box=box)
 
 
 def normalise(image: Image.Image, wanted: ImageInput) -> Float[Tensor, "C H W"]:
@@ -164,16 +168,20 @@ def sample_photographs() -> tuple[Path, ...]:
 
 
 def _crop_box(
-    source: tuple[int, int], target: tuple[int, int], crop: float
+    source: tuple[int, int], target: tuple[int, int], crop: float, *, squash: bool
 ) -> tuple[float, float, float, float]:
     """Find the part of the picture that resizing and cropping would leave.
 
     The picture would be scaled until it covers ``target / crop``, its sides rounded as
-    torchvision (square targets) and timm (others) round them, then cut to the target.
+    torchvision (square targets) and timm (others) round them, or squashed to just that,
+    then cut to the target. Where halves of a pixel are cut, transformers begins one
+    pixel earlier than this and the others.
     """
     width, height = source
     covered = [math.floor(side / crop) for side in target]
-    if covered[0] == covered[1]:
+    if squash:
+        scaled_height, scaled_width = covered
+    elif covered[0] == covered[1]:
         shorter = min(width, height)
         scaled_width, scaled_height = (
             covered[0] * side // shorter for side in (width, height)
@@ -190,3 +198,28 @@ def _crop_box(
         min((left + target[1]) * across, width),
         min((top + target[0]) * down, height),
     )
+
+
+def _bordered(
+    picture: Image.Image,
+    wanted: ImageInput,
+    target: tuple[int, int],
+    resample: Image.Resampling,
+) -> Image.Image:
+    """Scale the picture until it fits into ``target / crop`` and fill what is left.
+
+    Rounded as timm does: down where it pads, to even where it cuts.
+    """
+    width, height = picture.size
+    fitted = [math.floor(side / wanted.crop) for side in target]
+    ratio = max(height / fitted[0], width / fitted[1])
+    scaled = max(1, round(width / ratio)), max(1, round(height / ratio))
+    colours = tuple(round(255 * mean) for mean in wanted.mean)
+    fill = colours if len(colours) > 1 else colours[0]
+    canvas = Image.new(picture.mode, (target[1], target[0]), fill)
+    left, top = (
+        (side - part) // 2 if part <= side else -round((part - side) / 2)
+        for side, part in zip(canvas.size, scaled, strict=True)
+    )
+    canvas.paste(picture.resize(scaled, resample), (left, top))
+    return canvas

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from manyheads.errors import UnknownHost
 from manyheads.hosts.base import (
+    CropMode,
     Host,
     ImageInput,
     Site,
@@ -26,6 +27,7 @@ from manyheads.hosts.torchvision_vit import TorchvisionViT
 
 __all__ = [
     "HOSTS",
+    "CropMode",
     "Host",
     "ImageInput",
     "RealHeads",

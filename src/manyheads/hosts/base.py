@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from manyheads.ffn import FeedForwardSpec
 from manyheads.geometry import Geometry, Grid
 
 __all__ = [
+    "CropMode",
     "Host",
     "ImageInput",
     "Site",
@@ -82,6 +83,9 @@ class Site:
     keys_in_runs: bool = False
 
 
+CropMode = Literal["center", "squash", "border"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageInput:
     """What a model wants its images to be.
@@ -93,6 +97,9 @@ class ImageInput:
         std: Per-channel standard deviation.
         interpolation: Name of the resampling filter, e.g. "bicubic".
         crop: Share of the resized image that the central crop keeps.
+        crop_mode: How a picture of other proportions is resized: to cover the square
+            ("center", what stands over is cut off), to be it ("squash", proportions
+            are lost) or to fit into it ("border", the rest is filled with the mean).
     """
 
     channels: int
@@ -101,6 +108,7 @@ class ImageInput:
     std: tuple[float, ...]
     interpolation: str
     crop: float
+    crop_mode: CropMode = "center"
 
 
 class Host(ABC):

@@ -194,6 +194,7 @@ class TimmViT(Host):
             std=_per_channel(config["std"], channels),
             interpolation=config["interpolation"],
             crop=config["crop_pct"],
+            crop_mode=config["crop_mode"],
         )
 
     def resize(self, model: Any, image_size: tuple[int, int]) -> tuple[int, int]:
