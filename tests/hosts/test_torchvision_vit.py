@@ -196,6 +196,31 @@ def test_pair_masks_reach_softmax(additive: bool, heads: bool) -> None:
     assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("images", [1, 2, 5])
+@pytest.mark.parametrize("additive", [False, True], ids=["bool", "float"])
+def test_a_pair_mask_without_padding_is_no_key_mask(
+    additive: bool, images: int
+) -> None:
+    """With as many images as tokens, [N, N] looks like one truth value per key."""
+    source, layer, _ = both()
+    x = torch.randn(images, 5, 24)
+    pairs = torch.randn(5, 5) if additive else torch.ones(5, 5).triu(1).bool()
+    expected, _ = source(x, x, x, attn_mask=pairs)
+    assert_close(layer(x, x, x, attn_mask=pairs)[0], expected)
+
+
+def test_the_causal_hint_needs_its_mask_as_in_torch() -> None:
+    source, layer, _ = both()
+    x = torch.randn(2, 5, 24)
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    with pytest.raises(RuntimeError, match="attn_mask"):
+        source(x, x, x, is_causal=True)
+    with pytest.raises(MaskRefused, match=r"is_causal=True.*attn_mask is None"):
+        layer(x, x, x, is_causal=True)
+    expected, _ = source(x, x, x, attn_mask=mask, is_causal=True)
+    assert_close(layer(x, x, x, attn_mask=mask, is_causal=True)[0], expected)
+
+
 def test_masked_keys_leave_hydras_sum() -> None:
     source, _, geometry = both()
     layer = TorchAttention(source, geometry, mh.Hydra()).eval()
@@ -234,3 +259,28 @@ def test_it_stands_in_torchs_encoder_too() -> None:
     actual = encoder.eval()(x, src_key_padding_mask=padding)
     assert_close(actual[0], expected[0])
     assert_close(actual[1, :3], expected[1, :3])
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("converted", [0, 1])
+def test_padding_packed_by_torchs_encoder_is_refused_with_its_switch(
+    converted: int,
+) -> None:
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(24, 4, 48, batch_first=True), num_layers=2
+    ).eval()
+    student = mh.convert(
+        encoder,
+        laws.everywhere(mh.Softmax()),
+        paths=[f"layers.{converted}.self_attn"],
+    )
+    x = torch.randn(2, 5, 24)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        assert_close(student(x), encoder(x))
+        with pytest.raises(GeometryMismatch, match="enable_nested_tensor=False"):
+            student(x, src_key_padding_mask=padding)
+        encoder.use_nested_tensor = student.use_nested_tensor = False
+        expected = encoder(x, src_key_padding_mask=padding)
+        actual = student(x, src_key_padding_mask=padding)
+    assert_close(actual, expected)

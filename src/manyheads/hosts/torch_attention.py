@@ -91,11 +91,14 @@ class TorchAttention(nn.Module):
         """Attend; masks mean what they mean in torch: True leaves a key out.
 
         Raises:
-            GeometryMismatch: The input is not batched, or queries and keys are tokens
-                of different sequences (cross-attention).
-            MaskRefused: The mechanism cannot honour the mask.
+            GeometryMismatch: The input is not batched or is a nested tensor, or
+                queries and keys are tokens of different sequences (cross-attention).
+            MaskRefused: The mechanism cannot honour the mask, or `is_causal` is set
+                and there is none.
         """
         self._require_one_sequence(query, key, value)
+        if is_causal and attn_mask is None:
+            raise _mask_missing()
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q, k, v = self._project(query, key, value)
@@ -152,6 +155,8 @@ class TorchAttention(nn.Module):
         return self.token_grid() if self.token_grid is not None else None
 
     def _require_one_sequence(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        if query.is_nested or key.is_nested or value.is_nested:
+            raise _nested(self.core)
         if query.ndim == 3 and query.shape == key.shape == value.shape:
             return
         raise GeometryMismatch(
@@ -228,6 +233,9 @@ def _kept(
             fix="Pass key_padding_mask, or keep Softmax() in the blocks that need it.",
         )
     allowed = ~pairs if pairs.dtype is torch.bool else pairs
+    if allowed.ndim == 2:
+        # Torch reads two dimensions as [N, N]; a mechanism would as [B, N].
+        allowed = allowed[None, None]
     if allowed.ndim == 3:  # [B * H, N, N]
         allowed = allowed.reshape(-1, core.geometry.num_heads, *allowed.shape[1:])
     if per_key is None:
@@ -251,3 +259,25 @@ def _kept_keys(padding: Tensor) -> Tensor:
             fix="Pass a boolean key_padding_mask with True for padding.",
         )
     return kept
+
+
+def _mask_missing() -> MaskRefused:
+    return MaskRefused(
+        asked="attention was called with is_causal=True",
+        found="attn_mask is None",
+        why="to torch is_causal is a hint about the mask and makes none",
+        fix="Pass attn_mask=torch.nn.Transformer.generate_square_subsequent_mask(N) as "
+        "well.",
+    )
+
+
+def _nested(core: Mechanism) -> GeometryMismatch:
+    return GeometryMismatch(
+        asked="attention was called with a nested tensor",
+        found=f"a layer converted to {core.spec} takes batches [B, N, C] with a mask",
+        why="torch.nn.TransformerEncoder packs padded batches so for its fused layers "
+        "while it evaluates",
+        fix="Build it with torch.nn.TransformerEncoder(..., "
+        "enable_nested_tensor=False), or set encoder.use_nested_tensor = False on the "
+        "one that is there.",
+    )
