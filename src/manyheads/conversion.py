@@ -131,9 +131,10 @@ def preview(
     operations = plan_swaps(model, sites, recipe)
     if images is not None:
         operations = calibrate(model, host, operations, images)
-    before = keep_books(model, host, sites, image_size)
     blank = blank_copy(model)
+    # First: a layer that runs somebody's own forward could not be counted.
     apply_swaps(blank, host, operations)
+    before = keep_books(model, host, sites, image_size)
     after = keep_books(blank, host, host.sites(blank), image_size)
     return Preview(
         rows=tuple(_row(operation, before, after) for operation in operations),

@@ -30,6 +30,14 @@ from manyheads.specs import Spec
 
 __all__ = ["Operation", "apply_swaps", "blank_copy", "current_recipe", "plan_swaps"]
 
+# Where torch keeps what a user hung on a module.
+_HOOKS = {
+    "_forward_pre_hooks": "forward pre-hook",
+    "_forward_hooks": "forward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+    "_backward_hooks": "backward hook",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
@@ -111,21 +119,32 @@ def plan_swaps(
 
 
 def apply_swaps(model: nn.Module, host: Host, operations: Sequence[Operation]) -> None:
-    """Swap in place, on a copy that nobody else holds."""
+    """Swap in place, on a copy that nobody else holds.
+
+    Raises:
+        SwapRefused: Hooks or a `forward` of its own hang on a layer that went; only
+            now is it known which parts stayed, and the copy is to be thrown away.
+    """
+    dropped: list[SwapRefused] = []
     for operation in operations:
         site = operation.site
         if operation.attention is not None:
             if operation.heads is not None:
                 host.permute_heads(model, site, operation.heads.order)
-            old = mechanism_of(model.get_submodule(site.attention_path))
+            layer = model.get_submodule(site.attention_path)
+            old, hung = mechanism_of(layer), _attached(layer, site.attention_path)
             new = host.swap_attention(model, site, operation.attention)
             replace_module(model, site.attention_path, new)
             _pair(mechanism_of(new), old, operation.heads)
+            dropped += _dropped(hung, new, f"{operation.attention} in {site.path}")
         if operation.ffn is not None and site.ffn_path is not None:
             output = cast("Pointwise", model.get_submodule(site.ffn_path))
-            replace_module(
-                model, site.ffn_path, operation.ffn.build(output, operation.moments)
-            )
+            hung = _attached(output, site.ffn_path)
+            made = operation.ffn.build(output, operation.moments)
+            replace_module(model, site.ffn_path, made)
+            dropped += _dropped(hung, made, f"{operation.ffn} in {site.path}")
+    if dropped:
+        raise SwapRefused.many(dropped)
     host.track_grid(model)
 
 
@@ -163,6 +182,49 @@ def blank_copy(model: nn.Module, *, keep: Iterable[Tensor] = ()) -> nn.Module:
             for t in tensors
         }
     return copy.deepcopy(model, memo | kept)
+
+
+def _attached(layer: nn.Module, path: str) -> list[tuple[nn.Module, str, str]]:
+    """List what users hung on a layer and its parts: which, where, what.
+
+    Hooks of this package do not count: hosts put them on the new layer themselves.
+    """
+    found = []
+    for place, module in layer.named_modules(prefix=path):
+        held = vars(module)
+        if "forward" in held:
+            found.append((module, place, "a forward of its own, set on the instance"))
+        for registry, kind in _HOOKS.items():
+            for hook in held.get(registry, {}).values():
+                if not _origin(hook).startswith("manyheads."):
+                    name = getattr(hook, "__qualname__", type(hook).__qualname__)
+                    found.append((module, place, f"a {kind} ({name})"))
+    return found
+
+
+def _origin(hook: object) -> str:
+    """Name the module that a function, or the class of an object, comes from."""
+    return str(getattr(hook, "__module__", ""))
+
+
+def _dropped(
+    hung: Sequence[tuple[nn.Module, str, str]], new: nn.Module, asked: str
+) -> list[SwapRefused]:
+    """Refuse what hung on modules that the new layer did not take over."""
+    stayed = set(new.modules())
+    return [
+        SwapRefused(
+            asked=asked,
+            found=f"the layer there has {what}",
+            where=place,
+            why="the swap puts another layer there, which would go without it",
+            fix="Remove it before converting (handle.remove(), or del layer.forward) "
+            "and put it on the converted layer; or leave the block out with "
+            "Swap(blocks=...).",
+        )
+        for module, place, what in hung
+        if module not in stayed
+    ]
 
 
 def _pair(
