@@ -10,6 +10,7 @@ import timm
 import torch
 from timm.layers.attention import Attention
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import manyheads as mh
 from manyheads.attention import AttentionSpec
@@ -41,6 +42,17 @@ class LikeTimm(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, 4, 6)).permute(2, 0, 3, 1, 4)
         maps = (self.sharpen * self.scale * q @ k.transpose(-1, -2)).softmax(dim=-1)
         return self.proj((maps @ v).transpose(1, 2).flatten(2))
+
+
+class Banded(LikeTimm):
+    """Full attention for short sequences, a band of keys for others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 6)).permute(2, 0, 3, 1, 4)
+        place = torch.arange(x.shape[1])
+        band = (place[:, None] - place).abs() < 16
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=band)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
 class WithWeights(LikeTimm):
@@ -199,6 +211,7 @@ def test_a_layer_of_no_known_kind_is_refused() -> None:
     ("layer", "says"),
     [
         (LikeTimm(sharpen=2.0), "identity swap differs by"),
+        (Banded(), "with 225 tokens its identity swap differs by"),
         (WithTable(), "it holds table, which a swap would drop"),
         (ManyScales(), "its scale has 4 values"),
         (WithWeights(), "it returns tuple"),
@@ -209,6 +222,7 @@ def test_a_layer_of_no_known_kind_is_refused() -> None:
     ],
     ids=[
         "sharpened",
+        "banded",
         "table",
         "scales",
         "tuple",
