@@ -113,6 +113,81 @@ def test_masks_are_honoured_or_refused() -> None:
     assert_close(masked[:, :6], hydra(x[:, :6]))
 
 
+NAFLEX: dict[str, tuple[str, dict[str, Any]]] = {
+    "dinov3": ("vit_small_patch16_dinov3", SMALL),
+    "eva02": ("eva02_tiny_patch14_224", SMALL | {"img_size": 56}),
+    "eva02-split": ("eva02_base_patch14_224", SMALL | {"img_size": 56}),
+    **{
+        name: (
+            "naflexvit_base_patch16_gap",
+            {"depth": 2, "embed_dim": 96, "num_heads": 3, "num_classes": 7, **options},
+        )
+        for name, options in {
+            "axial": {"rope_type": "axial"},
+            "mixed": {"rope_type": "mixed"},
+            "gated": {"attn_gated": True},
+            "key-only": {"rope_type": "axial", "use_key_only_attn_mask": True},
+        }.items()
+    },
+}
+
+
+def naflex(name: str) -> nn.Module:
+    architecture, options = NAFLEX[name]
+    switch = {} if architecture.startswith("naflex") else {"use_naflex": True}
+    return laws.randomise(timm.create_model(architecture, **options, **switch))
+
+
+def packed(model: nn.Module, shapes: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Images of these grids as NaFlexVit takes them, padded to the longest."""
+    generator = torch.Generator().manual_seed(0)
+    longest = max(rows * columns for rows, columns in shapes)
+    width = 3 * model.embeds.patch_size[0] ** 2
+    batch = {
+        "patches": torch.randn(len(shapes), longest, width, generator=generator),
+        "patch_coord": torch.zeros(len(shapes), longest, 2, dtype=torch.long),
+        "patch_valid": torch.zeros(len(shapes), longest, dtype=torch.bool),
+    }
+    for image, (rows, columns) in enumerate(shapes):
+        places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        batch["patch_coord"][image, : rows * columns] = places
+        batch["patch_valid"][image, : rows * columns] = True
+    return batch
+
+
+@pytest.mark.parametrize("name", NAFLEX)
+def test_naflex_models_are_converted_at_any_grid(name: str) -> None:
+    """They have no one patch embedding, and rotations may differ between images."""
+    model = naflex(name)
+    size = (56, 84) if name.startswith("eva02") else (48, 80)
+    laws.identity_law(model, size)
+    for spec in laws.SPECS:
+        if not laws.refused(model, spec):
+            laws.mechanism_law(model, spec, size)
+    laws.cost_law(model, mh.Softmax(), mh.Hydra(), size=size)
+    batch = packed(model, [(3, 4), (2, 3)])
+    student = mh.convert(model, laws.everywhere(mh.Softmax()))
+    with torch.no_grad():
+        assert_close(student(batch), model(batch))
+
+
+def test_naflex_rotations_come_back_from_a_checkpoint(tmp_path: Path) -> None:
+    laws.round_trip_law(
+        naflex("dinov3"), laws.everywhere(mh.Hydra()), tmp_path / "student"
+    )
+
+
+@pytest.mark.parametrize("spec", [mh.Hydra(), mh.Hallucinated()], ids=repr)
+def test_naflex_padding_that_is_the_same_for_all_queries_is_honoured(
+    spec: AttentionSpec,
+) -> None:
+    student = mh.convert(naflex("key-only"), laws.everywhere(spec)).eval()
+    batch = packed(student, [(3, 4), (2, 3)])
+    alone = {key: value[1:, :6] for key, value in batch.items()}
+    with torch.no_grad():
+        assert_close(student(batch)[1:], student(alone))
+
+
 def test_the_geometry_is_dinov3s() -> None:
     model = timm.create_model("vit_small_patch16_dinov3", device="meta")
     _, sites = find_host(model)

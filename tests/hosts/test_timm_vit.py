@@ -234,3 +234,25 @@ def test_a_mask_of_two_dimensions_is_one_of_pairs_as_in_torch() -> None:
     pairs = torch.ones(5, 5, dtype=torch.bool).tril()
     ours, theirs = (m.blocks[0].attn(x, attn_mask=pairs) for m in (same, model))
     assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("spec", [mh.Hydra(), mh.Hallucinated()], ids=repr)
+def test_naflexvit_s_own_mask_is_read_where_it_leaves_out_keys_only(
+    spec: mh.Hydra | mh.Hallucinated,
+) -> None:
+    """timm makes numbers for all pairs of tokens, even where every patch counts."""
+    model = timm.create_model(
+        "naflexvit_base_patch16_gap", depth=1, embed_dim=48, num_heads=4, num_classes=5
+    ).eval()
+    student = mh.convert(model, mh.Recipe(mh.Swap(attention=spec))).eval()
+    places = torch.cartesian_prod(torch.arange(3), torch.arange(4))
+    batch = {
+        "patches": torch.randn(2, 12, 768),
+        "patch_coord": places.expand(2, 12, 2),
+        "patch_valid": torch.ones(2, 12, dtype=torch.bool),
+    }
+    every = torch.ones(1, 1, 1, model.num_prefix_tokens + 12, dtype=torch.bool)
+    assert_close(student(batch), student(batch | {"attn_mask": every}))
+    batch["patch_valid"][1, 9:] = False
+    with pytest.raises(MaskRefused, match="use_key_only_attn_mask=True"):
+        student(batch)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from manyheads.attention import AttentionSpec, Mechanism
@@ -28,6 +29,7 @@ __all__ = [
     "Site",
     "TokenGrid",
     "is_random",
+    "readable_mask",
     "replace_module",
     "token_count",
 ]
@@ -302,3 +304,22 @@ def mechanism_of(module: nn.Module) -> Mechanism | None:
     """Give the mechanism inside a converted attention layer, or None."""
     core = getattr(module, "core", None)
     return core if isinstance(core, Mechanism) else None
+
+
+def readable_mask(mask: Tensor, core: Mechanism) -> Tensor:
+    """Turn an additive mask that only leaves keys out into a boolean one.
+
+    SigLIP 2 of transformers 4 and timm's NaFlexVit expand padding to [B, 1, N, N]
+    numbers. Whether such a mask is one per key is looked up in its values; where values
+    cannot be looked at, in a traced graph, it stays as it is and the mechanism decides.
+    """
+    if core.accepts_pair_mask or mask.dtype is torch.bool:
+        return mask
+    if torch.compiler.is_compiling() or mask.ndim != 4 or mask.device.type == "meta":
+        return mask
+    first = mask[:, :1, :1]
+    kept = first == 0
+    left_out = first <= torch.finfo(mask.dtype).min
+    if bool((mask == first).all()) and bool((kept | left_out).all()):
+        return kept
+    return mask

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manyheads.attention import Mechanism
 from manyheads.errors import ManyheadsError, MaskRefused
 from manyheads.geometry import Grid
-from manyheads.hosts.base import TokenGrid, mechanism_of
+from manyheads.hosts.base import TokenGrid, mechanism_of, readable_mask
 
 __all__ = ["NAME", "guard", "manyheads_attention", "manyheads_mask", "register"]
 
@@ -114,7 +113,9 @@ def manyheads_attention(
     heads = core.spec.num_query_heads(core.geometry)
     q, k = (x[:, :heads].transpose(1, 2) for x in (query, key))
     v = value.transpose(1, 2)
-    mask = _readable(attention_mask, core)
+    mask = attention_mask
+    if mask is not None:
+        mask = readable_mask(mask, core)
     grid = _grid(module)
     mixed = core(q, k, v, mask, grid)
     wanted = options.get("output_attentions", False)
@@ -173,25 +174,6 @@ def _library_attention(
         **options,
     )
     return mixed, None
-
-
-def _readable(mask: Tensor | None, core: Mechanism) -> Tensor | None:
-    """Turn an additive mask that only leaves keys out into a boolean one.
-
-    SigLIP 2 of version 4 expands its padding to [B, 1, N, N] numbers. Whether such a
-    mask is one per key is looked up in its values; where values cannot be looked at,
-    in a traced graph, it stays what it is and the mechanism decides.
-    """
-    if mask is None or core.accepts_pair_mask or mask.dtype is torch.bool:
-        return mask
-    if torch.compiler.is_compiling() or mask.ndim != 4 or mask.device.type == "meta":
-        return mask
-    first = mask[:, :1, :1]
-    kept = first == 0
-    left_out = first <= torch.finfo(mask.dtype).min
-    if bool((mask == first).all()) and bool((kept | left_out).all()):
-        return kept
-    return mask
 
 
 def _grid(module: nn.Module) -> Grid | None:

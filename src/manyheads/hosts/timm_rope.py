@@ -21,7 +21,14 @@ from manyheads.attention import AttentionSpec, Mechanism, Softmax
 from manyheads.errors import SwapRefused
 from manyheads.ffn import CompactLinear
 from manyheads.geometry import Geometry, fit_to_patches
-from manyheads.hosts.base import Host, ImageInput, Site, TokenGrid, mechanism_of
+from manyheads.hosts.base import (
+    Host,
+    ImageInput,
+    Site,
+    TokenGrid,
+    mechanism_of,
+    readable_mask,
+)
 from manyheads.hosts.heads import (
     build_core,
     first_rows,
@@ -106,6 +113,8 @@ class TimmRopeAttention(nn.Module):
             mask = torch.ones(1, 1, N, N, dtype=torch.bool, device=x.device).tril()
         elif mask is not None and mask.ndim == 2:
             mask = mask[None, None]
+        if mask is not None:
+            mask = readable_mask(mask, self.core)
         grid = self.token_grid() if self.token_grid is not None else None
         token_major = (t.transpose(1, 2) for t in (q, k, v))
         mixed = self.norm(self.core(*token_major, mask, grid).flatten(2))
@@ -167,7 +176,9 @@ class TimmRopeAttention(nn.Module):
         from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
         P = self.num_prefix_tokens
-        rope = rope[: x.shape[1]] if rope.ndim == 3 else rope  # [H, N, 2 K] or [N, 2 K]
+        # [N, 2 K], [H, N, 2 K], or of NaFlex batches [B, 1 or H, N, 2 K].
+        if rope.ndim > 2:
+            rope = rope[..., : x.shape[1], :, :]
         patches = apply_rot_embed_cat(x[:, :, P:], rope, half=self.rotate_half)
         return torch.cat([x[:, :, :P], patches], dim=2).type_as(like)
 
@@ -253,6 +264,8 @@ class TimmRope(Host):
     def resize(self, model: Any, image_size: tuple[int, int]) -> tuple[int, int]:
         """Have timm compute rotations, and positions if there are any, for a size."""
         embed = _patch_embed(model)
+        if embed is None:
+            return _TIMM.resize(model, image_size)
         # Encoders of language models merge squares of patches at their end.
         merged = getattr(_encoder(model), "merge_size", 1)
         cell = (merged * embed.patch_size[0], merged * embed.patch_size[1])
@@ -355,11 +368,14 @@ def _groups(attention: nn.Module) -> bool:
 def _encoder(model: Any) -> Any:
     """Find what embeds patches: the model, or the encoder that a classifier wraps."""
     trunk = _trunk(model)
-    return trunk if hasattr(trunk, "patch_embed") else trunk.encoder
+    if hasattr(trunk, "patch_embed") or hasattr(trunk, "embeds"):
+        return trunk
+    return trunk.encoder
 
 
 def _patch_embed(model: Any) -> Any:
-    return _encoder(model).patch_embed
+    """Find the patch embedding; a NaFlexVit has none, its `embeds` take any grid."""
+    return getattr(_encoder(model), "patch_embed", None)
 
 
 def _geometry(model: Any, attention: Any) -> Geometry:

@@ -14,7 +14,14 @@ from manyheads.attention import AttentionSpec, Mechanism, Softmax
 from manyheads.errors import CheckpointError, ImageSizeError, MaskRefused
 from manyheads.ffn import CompactLinear, Pointwise
 from manyheads.geometry import Geometry, Grid, fit_to_patches
-from manyheads.hosts.base import Host, ImageInput, Site, TokenGrid, mechanism_of
+from manyheads.hosts.base import (
+    Host,
+    ImageInput,
+    Site,
+    TokenGrid,
+    mechanism_of,
+    readable_mask,
+)
 from manyheads.hosts.heads import (
     build_core,
     first_rows,
@@ -91,6 +98,7 @@ class TimmAttention(nn.Module):
         if mask is not None:
             # Torch reads two dimensions as [N, N]; a mechanism would as [B, N].
             mask = mask[None, None] if mask.ndim == 2 else mask
+            mask = readable_mask(mask, self.core)
             self._refuse_additive(mask)
         query_dim = self.query_heads * self.head_dim
         parts = self.qkv(x).split([query_dim, query_dim, self.attn_dim], dim=-1)
@@ -119,7 +127,8 @@ class TimmAttention(nn.Module):
             found=f"{type(self.core.spec).__name__} can only leave keys out",
             why="a bias on token pairs has no meaning where no pair meets",
             fix="Pass a boolean mask [B, 1, 1, N], True for real tokens, or keep "
-            "Softmax() in the blocks that need this mask.",
+            "Softmax() in the blocks that need this mask. NaFlexVit builds such masks "
+            "with use_key_only_attn_mask=True.",
         )
 
 
