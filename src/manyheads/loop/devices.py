@@ -160,9 +160,14 @@ class Processes:
 
 @contextmanager
 def autocast(model: nn.Module, precision: str) -> Iterator[None]:
-    """Compute matrix products in a half type; weights stay as they are."""
+    """Compute matrix products in a half type; weights stay as they are.
+
+    Weights are cast at each use. Up to torch 2.9 the cache of casts may hand one that
+    was made without gradients to a step that wants them: nine of a block's parameters
+    had none in the first step after a resumption, in silence.
+    """
     dtype, device = PRECISIONS[precision], next(model.parameters()).device.type
-    with torch.autocast(device, dtype, enabled=dtype is not None):
+    with torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False):
         yield
 
 
