@@ -8,7 +8,6 @@ exporter that goes wrong seldom says so: it writes a file that answers something
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,16 +19,19 @@ import torch
 from torch import nn
 
 from manyheads.artifacts import Artifact, Card, Target, open_artifact
+from manyheads.artifacts.classes import one_each
 from manyheads.artifacts.targets import Shipped, fold, problem, target_for, trace, write
 from manyheads.artifacts.verification import (
     Check,
     LabelledCheck,
     compare,
     compare_labelled,
+    run_at,
+    warn_of_blindness,
 )
 from manyheads.attention import Softmax
 from manyheads.data import Images
-from manyheads.data.exhibits import exhibits
+from manyheads.data.exhibits import Exhibits, exhibits
 from manyheads.drafts import draft_of
 from manyheads.errors import (
     DataError,
@@ -139,8 +141,8 @@ def export(
     and the result says why. It carries the recipe, the class names and the
     preprocessing, so that `manyheads run` needs nothing else.
 
-    Cost: a copy of the model, and one run of it per check at up to 1.5 times the
-    native sides; a compiled package takes a minute or more to build.
+    Cost: a copy of the model, one run of it on one image, and one per check at up to
+    1.5 times the native sides; a compiled package takes a minute or more to build.
 
     Args:
         model: A hosted model, converted or not; it is not touched.
@@ -180,6 +182,9 @@ def export(
     wanted = _sized(reference, host, image_size)
     shown = exhibits(images, wanted)
     with _new_file(file, model) as fresh:
+        answer = run_at(reference, host, shown.at(wanted.size)[:1])
+        scored = host.gives_scores(reference, answer)
+        names = host.labels(model) if scored else ()
         ship = copy.deepcopy(reference).to(kind)
         folded = fold(ship)
         cell = host.free_size(ship) if dynamic else None
@@ -190,23 +195,15 @@ def export(
             int8=int8,
             model=type(model).__name__,
             recipe=recipe.to_dict() if recipe else None,
-            labels=host.labels(model),
+            labels=one_each(names, answer.shape[-1], whose=type(model).__name__),
             image=wanted,
             cell=cell,
             versions=_versions(form),
         )
         _write(model, Shipped(ship, host), fresh, card, file)
         artifact = _opened(model, fresh, file)
-        try:
-            checks = tuple(compare(reference, host, artifact, shown))
-        except DataError as error:
-            raise _refusal(
-                model,
-                file,
-                f"what was written does not run: {error.asked}, {error.found}",
-                fix="Try dynamic=False, or another target.",
-            ) from error
-        _warn_of_blindness(checks, model)
+        checks = _compared(reference, host, artifact, shown, file)
+        warn_of_blindness(checks, model)
         _require_close(checks, limit, model, file, free=cell is not None)
         labelled = compare_labelled(reference, host, artifact, shown)
         size = fresh.stat().st_size / 1024**2
@@ -321,6 +318,21 @@ def _opened(model: nn.Module, fresh: Path, file: Path) -> Artifact:
         ) from error
 
 
+def _compared(
+    model: nn.Module, host: Host, artifact: Artifact, shown: Exhibits, file: Path
+) -> tuple[Check, ...]:
+    """Run both; a file that does not run at all is refused with its words."""
+    try:
+        return tuple(compare(model, host, artifact, shown))
+    except DataError as error:
+        raise _refusal(
+            model,
+            file,
+            f"what was written does not run: {error.asked}, {error.found}",
+            fix="Try dynamic=False, or another target.",
+        ) from error
+
+
 def _require_close(
     checks: tuple[Check, ...], limit: float, model: nn.Module, file: Path, *, free: bool
 ) -> None:
@@ -337,20 +349,6 @@ def _require_close(
             f"largest: {told}; {limit:.2g} is allowed. The file was removed",
             fix=f"Try {'dynamic=False, ' if free else ''}another target or dtype, or "
             "allow more with tolerance=.",
-        )
-
-
-def _warn_of_blindness(checks: tuple[Check, ...], model: nn.Module) -> None:
-    """Say where nothing was compared; torchvision starts classifiers at zero."""
-    blind = [check for check in checks if check.largest == 0]
-    if blind:
-        height, width = blind[0].image_size
-        warnings.warn(
-            f"Exporting {type(model).__name__}: all its outputs at {height}x{width} "
-            "are 0, so that a wrong file would answer the same. Export it with trained "
-            "weights, or with images= that it answers.",
-            RuntimeWarning,
-            stacklevel=3,
         )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.artifacts import Artifact, open_artifact
+from manyheads.artifacts import open_artifact
+from manyheads.artifacts.classes import one_each
 from manyheads.data.photographs import prepare_files
 from manyheads.errors import DataError, ImageSizeError, InvalidOption
 
@@ -122,11 +123,14 @@ def run(
         photographs = [photographs]
     files = list(photographs)
     answers: list[Answer] = []
+    names = card.labels
     for start in range(0, max(len(files), 1), _BATCH):
         part = files[start : start + _BATCH]
         outputs = artifact(prepare_files(part, card.image, size)).float()
+        if outputs.ndim == 2:
+            names = one_each(names, outputs.shape[1], whose=str(path))
         answers += [
-            _answer(artifact, str(file), output, top)
+            _answer(names, str(file), output, top)
             for file, output in zip(part, outputs, strict=True)
         ]
     return Answers(
@@ -134,20 +138,19 @@ def run(
     )
 
 
-def _answer(artifact: Artifact, file: str, output: Tensor, top: int) -> Answer:
-    labels = artifact.card.labels
+def _answer(names: Sequence[str], file: str, output: Tensor, top: int) -> Answer:
     if not output.isfinite().all():
         raise DataError(
             asked=f"an answer for {file}",
             found="the exported model gave infinite or undefined numbers",
             fix="Export it in float32.",
         )
-    if not labels or output.ndim != 1:
+    if not names or output.ndim != 1:
         vector = tuple(output.flatten().tolist())
         return Answer(file=file, guesses=(), embedding=vector)
-    best = torch.softmax(output, dim=-1).topk(min(top, len(labels)))
+    best = torch.softmax(output, dim=-1).topk(min(top, len(names)))
     guesses = tuple(
-        Guess(label=labels[index], index=index, probability=probability)
+        Guess(label=names[index], index=index, probability=probability)
         for probability, index in zip(
             best.values.tolist(), best.indices.tolist(), strict=True
         )

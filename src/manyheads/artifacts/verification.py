@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,7 +14,14 @@ from manyheads.artifacts.files import Artifact
 from manyheads.data.exhibits import Exhibits
 from manyheads.hosts import Host
 
-__all__ = ["Check", "LabelledCheck", "compare", "compare_labelled"]
+__all__ = [
+    "Check",
+    "LabelledCheck",
+    "compare",
+    "compare_labelled",
+    "run_at",
+    "warn_of_blindness",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +71,7 @@ def compare(
         batch = shown.at(size)
         # One photograph in one of the runs: a batch that was frozen shows there.
         batch = batch[:1] if number == len(sizes) - 1 else batch
-        expected = _run_at(model, host, batch, resize=size != native)
+        expected = run_at(model, host, batch, resize=size != native)
         yield Check(
             image_size=size,
             images=len(batch),
@@ -72,7 +80,9 @@ def compare(
         )
 
 
-def _run_at(model: nn.Module, host: Host, images: Tensor, *, resize: bool) -> Tensor:
+def run_at(
+    model: nn.Module, host: Host, images: Tensor, *, resize: bool = False
+) -> Tensor:
     """Run the model as its library runs it at this size."""
     if resize:
         model = copy.deepcopy(model)
@@ -99,7 +109,7 @@ def compare_labelled(
         return None
     right, count = [0, 0], 0
     for images, labels in shown.labelled(artifact.card.image.size):
-        eager = _run_at(model, host, images, resize=False)
+        eager = run_at(model, host, images)
         for place, outputs in enumerate((eager, artifact(images))):
             right[place] += int((outputs.argmax(dim=-1) == labels).sum())
         count += len(labels)
@@ -108,3 +118,17 @@ def compare_labelled(
         accuracy_model=right[0] / count,
         accuracy_file=right[1] / count,
     )
+
+
+def warn_of_blindness(checks: tuple[Check, ...], model: nn.Module) -> None:
+    """Say where nothing was compared; torchvision starts classifiers at zero."""
+    blind = [check for check in checks if check.largest == 0]
+    if blind:
+        height, width = blind[0].image_size
+        warnings.warn(
+            f"Exporting {type(model).__name__}: all its outputs at {height}x{width} "
+            "are 0, so that a wrong file would answer the same. Export it with trained "
+            "weights, or with images= that it answers.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
