@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from manyheads.artifacts import Artifact, Card, Target, open_artifact
-from manyheads.artifacts.classes import one_each
+from manyheads.artifacts.classes import one_each, require_scores
 from manyheads.artifacts.targets import Shipped, fold, problem, target_for, trace, write
 from manyheads.artifacts.verification import (
     Check,
@@ -163,6 +163,8 @@ def export(
 
     Raises:
         UnknownHost: No host knows the model.
+        DataError: An image cannot be read, or labels were given and the model gives no
+            scores, or none for the highest label.
         ImageSizeError: The model cannot be made for this size.
         InvalidOption: The target, type or tolerance is unknown.
         NotExportable: The path cannot be written, the form cannot hold the model, the
@@ -184,6 +186,8 @@ def export(
     with _new_file(file, model) as fresh:
         answer = run_at(reference, host, shown.at(wanted.size)[:1])
         scored = host.gives_scores(reference, answer)
+        whose = type(model).__name__
+        require_scores(shown.labels, answer, scored=scored, whose=whose)
         names = host.labels(model) if scored else ()
         ship = copy.deepcopy(reference).to(kind)
         folded = fold(ship)
@@ -193,9 +197,9 @@ def export(
             target=form,
             dtype=str(kind).removeprefix("torch."),
             int8=int8,
-            model=type(model).__name__,
+            model=whose,
             recipe=recipe.to_dict() if recipe else None,
-            labels=one_each(names, answer.shape[-1], whose=type(model).__name__),
+            labels=one_each(names, answer.shape[-1], whose=whose),
             image=wanted,
             cell=cell,
             versions=_versions(form),

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import warnings
 
-__all__ = ["one_each"]
+from jaxtyping import Int
+from torch import Tensor
+
+from manyheads.errors import DataError
+
+__all__ = ["one_each", "require_scores"]
 
 
 def one_each(names: tuple[str, ...], count: int, *, whose: str) -> tuple[str, ...]:
@@ -22,3 +27,32 @@ def one_each(names: tuple[str, ...], count: int, *, whose: str) -> tuple[str, ..
         stacklevel=3,
     )
     return tuple(map(str, range(count)))
+
+
+def require_scores(
+    labels: Int[Tensor, " n"] | None, outputs: Tensor, *, scored: bool, whose: str
+) -> None:
+    """Refuse labels that say nothing of these outputs, before anything is written.
+
+    Raises:
+        DataError: The outputs are features, or have no place for the highest label.
+    """
+    if labels is None:
+        return
+    asked = f"the accuracy of {whose} on labelled images"
+    if not scored:
+        raise DataError(
+            asked=asked,
+            found=f"it gives features {list(outputs.shape[1:])}",
+            why="labels are compared with scores, one for each class",
+            fix="Give the images without labels: a tensor alone, or picture files in "
+            "one folder without a subfolder for each class.",
+        )
+    highest, count = int(labels.max()), outputs.shape[-1]
+    if highest >= count:
+        raise DataError(
+            asked=asked,
+            found=f"label {highest} is given and the outputs are 0 to {count - 1}",
+            why="a class's number is its place among the outputs",
+            fix="Give labels, or one subfolder per class, in the order of the outputs.",
+        )

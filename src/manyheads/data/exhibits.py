@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from manyheads.data.opening import Images, open_images
+from manyheads.data.opening import Images, label_problem, open_images, pair_of
 from manyheads.data.photographs import sample_photographs
 from manyheads.data.source import ImageSource
 from manyheads.errors import DataError
@@ -79,15 +79,10 @@ def exhibits(images: Images | None, wanted: ImageInput) -> Exhibits:
     """
     if images is None:
         images = sample_photographs()[0].parent
-    if isinstance(images, Tensor) or (
-        isinstance(images, tuple) and isinstance(images[0], Tensor)
-    ):
-        tensor, labels = images if isinstance(images, tuple) else (images, None)
-        _require_form(tensor, labels, wanted.channels)
-        names = (f"tensor {list(tensor.shape)}",)
-        floating = tensor.detach().float().cpu()
-        numbers = labels.cpu() if labels is not None else None
-        return Exhibits(wanted, floating, numbers, names)
+    if isinstance(images, tuple) and (not images or isinstance(images[0], Tensor)):
+        return _tensors(*pair_of(images), wanted)
+    if isinstance(images, Tensor):
+        return _tensors(images, None, wanted)
 
     @cache
     def at(size: tuple[int, int]) -> ImageSource:
@@ -105,6 +100,13 @@ def exhibits(images: Images | None, wanted: ImageInput) -> Exhibits:
     return Exhibits(wanted, at, labels, shown)
 
 
+def _tensors(images: Tensor, labels: Tensor | None, wanted: ImageInput) -> Exhibits:
+    _require_form(images, labels, wanted.channels)
+    names = (f"tensor {list(images.shape)}",)
+    numbers = labels.cpu() if labels is not None else None
+    return Exhibits(wanted, images.detach().float().cpu(), numbers, names)
+
+
 def _scaled(images: Tensor, size: tuple[int, int]) -> Tensor:
     if images.shape[-2:] == size:
         return images
@@ -117,12 +119,16 @@ def _require_form(images: Tensor, labels: Tensor | None, channels: int) -> None:
         found = f"their shape is {list(images.shape)}"
     elif not images.is_floating_point():
         found = f"their type is {images.dtype}"
-    elif labels is not None and labels.shape != images.shape[:1]:
-        found = f"there are {list(labels.shape)} labels for {images.shape[0]} images"
+    elif not images.isfinite().all():
+        found = "they hold NaN or infinity"
+    elif isinstance(labels, Tensor):
+        found = label_problem(labels, len(images)) or ""
+    elif labels is not None:
+        found = f"their labels are a {type(labels).__name__}, not a tensor"
     if found:
         raise DataError(
             asked="showing a model these images",
             found=found,
             fix=f"Pass preprocessed images [B, {channels}, H, W] of a floating type, "
-            "alone or as (images, labels) with labels [B].",
+            "alone or as (images, labels) with a tensor of class numbers [B].",
         )

@@ -42,7 +42,7 @@ from manyheads.data.tables import Rows, Table, open_hub, open_parquet, open_tabl
 from manyheads.errors import DataError, InvalidOption
 from manyheads.hosts import ImageInput, find_host
 
-__all__ = ["Images", "image_source", "open_images"]
+__all__ = ["Images", "image_source", "label_problem", "open_images", "pair_of"]
 
 Images = str | Path | Tensor | tuple[Tensor, Tensor] | Dataset[Any] | Table
 """What every verb takes as `images`."""
@@ -129,7 +129,7 @@ class _Opening:
         if isinstance(images, Tensor):
             return self.tensors(images, None)
         if isinstance(images, tuple) and all(isinstance(x, Tensor) for x in images):
-            return self.tensors(*_pair(images))
+            return self.tensors(*pair_of(images))
         if isinstance(images, Table):
             return self.table(images)
         return self.dataset(images)
@@ -308,7 +308,8 @@ class _Opening:
         )
 
 
-def _pair(images: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+def pair_of(images: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Take two tensors apart, or say how many there are."""
     if len(images) == 2:
         return images[0], images[1]
     raise DataError(
@@ -329,10 +330,11 @@ def _misfit(images: Tensor, labels: Tensor | None, channels: int) -> str | None:
     if not images.isfinite().all():
         bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         return f"image {bad[0]} and {len(bad) - 1} others hold NaN or infinity"
-    return None if labels is None else _label_problem(labels, len(images))
+    return None if labels is None else label_problem(labels, len(images))
 
 
-def _label_problem(labels: Tensor, count: int) -> str | None:
+def label_problem(labels: Tensor, count: int) -> str | None:
+    """Say why these are no class numbers of so many images, or None."""
     if labels.ndim != 1 or len(labels) != count:
         return f"its labels are {list(labels.shape)}, not [n] = [{count}]"
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
