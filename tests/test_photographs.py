@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
 
@@ -140,9 +142,16 @@ def test_a_sliver_is_not_blown_up(tmp_path: Path) -> None:
     )
 
 
-def test_ten_thousand_pixels_across_take_bounded_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "size"),
+    [("RGB", (10_000, 10_000)), ("L", (20_000, 10_000)), ("L", (65_000, 2_100))],
+    ids=str,
+)
+def test_a_jpeg_of_any_size_takes_bounded_memory(
+    mode: str, size: tuple[int, int], tmp_path: Path
+) -> None:
     path = tmp_path / "wide.jpg"
-    Image.new("RGB", (10_000, 10_000), (10, 200, 30)).save(path)
+    Image.new(mode, size, 100).save(path)
     code = (
         "import resource, sys\n"
         "from manyheads.data.photographs import open_photograph\n"
@@ -164,6 +173,39 @@ def test_a_picture_beyond_all_bounds_is_refused_before_it_is_decoded(
 ) -> None:
     Image.new("1", (12_000, 10_000)).save(tmp_path / "vast.png")
     with pytest.raises(DataError, match=r"12000x10000.*more than 100 million"):
+        open_photograph(tmp_path / "vast.png")
+
+
+def test_pillow_s_own_limit_is_as_the_user_set_it(tmp_path: Path) -> None:
+    path = tmp_path / "vast.jpg"
+    Image.new("L", (20_000, 10_000), 100).save(path)
+    limit, filters = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(open_photograph, [path] * 4))
+    assert [image.size for image in opened] == [(5_000, 2_500)] * 4
+    assert limit == Image.MAX_IMAGE_PIXELS
+    assert filters == list(warnings.filters)
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(path)
+
+
+def test_a_sliver_too_large_for_its_quality_is_reduced_all_the_same(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "sliver.jpg"
+    Image.new("L", (65_000, 2_000), 100).save(path)
+    opened = open_photograph(path)  # 130 million pixels, 2048 of a side wanted.
+    assert opened.size == (32_500, 1_000)
+    assert opened.getpixel((9, 9)) == (100, 100, 100)
+
+
+def test_what_no_decoder_reduces_is_refused_by_its_pixels(tmp_path: Path) -> None:
+    plain = Image.new("L", (20_000, 10_000), 100)
+    plain.save(tmp_path / "scans.jpg", progressive=True)
+    with pytest.raises(DataError, match=r"20000x10000.*progressive.*100 million"):
+        open_photograph(tmp_path / "scans.jpg")
+    plain.save(tmp_path / "vast.png", compress_level=1)
+    with pytest.raises(DataError, match=r"more than 100 million.*as JPEG"):
         open_photograph(tmp_path / "vast.png")
 
 

@@ -13,12 +13,15 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 
 __all__ = ["TooLarge", "as_mode", "read_picture"]
 
 MAX_PIXELS = 100_000_000
 """Largest picture that is decoded whole; JPEG files beyond it are read reduced."""
 _REDUCED_ABOVE = 16_000_000
+_MORE = f"more than {MAX_PIXELS // 1_000_000} million"
+_JPEG = b"\xff\xd8\xff"
 
 
 class TooLarge(OSError):
@@ -32,27 +35,34 @@ def read_picture(
 
     Memory is bounded whatever the file claims: a JPEG of more than 16 million pixels
     is decoded at a half, a quarter or an eighth of its size, any other picture of more
-    than 100 million pixels is refused before it is decoded.
+    than 100 million pixels is refused before it is decoded. So is a progressive JPEG:
+    its decoder holds all of it, at whatever size it is read.
 
     Args:
         file: A path, or an open file at its beginning.
         channels: 1 for grey, 3 for RGB.
-        at_least: Pixels of the shorter side that a reduced reading keeps.
+        at_least: Pixels of the shorter side that a reduced reading keeps, as long as
+            no more than 100 million are left.
 
     Raises:
         OSError: The file cannot be read, is cut short, or is too large. Whatever a
             decoder raises on broken bytes comes out as this one.
     """
     try:
+        if _is_jpeg(file):
+            # Not Image.open: it refuses what claims more than 179 million pixels, by a
+            # setting of the whole process. Here they are never all decoded.
+            with JpegImageFile(file) as image:
+                return _decoded(image, channels, at_least)
         with warnings.catch_warnings():
             # Pillow warns of large pictures; the limit here is an error instead.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file) as image:
-                _bound(image, at_least)
-                image.load()
-                return as_mode(ImageOps.exif_transpose(image), channels)
+                return _decoded(image, channels, at_least)
     except (MemoryError, TooLarge):
         raise
+    except Image.DecompressionBombError as error:
+        raise TooLarge(f"it has {_MORE} pixels: {error}") from error
     # Decoders raise nearly anything on broken bytes: SyntaxError, struct.error, ...
     except Exception as error:
         raise OSError(f"{type(error).__name__}: {error}") from error
@@ -77,15 +87,39 @@ def as_mode(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
+def _is_jpeg(file: str | Path | BytesIO) -> bool:
+    if isinstance(file, BytesIO):
+        return bytes(file.getbuffer()[: len(_JPEG)]) == _JPEG
+    with open(file, "rb") as stream:
+        return stream.read(len(_JPEG)) == _JPEG
+
+
+def _decoded(image: Image.Image, channels: int, at_least: int) -> Image.Image:
+    _bound(image, at_least)
+    image.load()
+    return as_mode(ImageOps.exif_transpose(image), channels)
+
+
 def _bound(image: Image.Image, at_least: int) -> None:
     """Have large JPEG files decoded reduced; refuse what stays too large."""
-    if image.width * image.height > _REDUCED_ABOVE and image.format == "JPEG":
-        image.draft(None, (2 * at_least, 2 * at_least))
-    if image.width * image.height > MAX_PIXELS:
-        raise TooLarge(
-            f"it has {image.width}x{image.height} pixels, more than "
-            f"{MAX_PIXELS // 1_000_000} million"
-        )
+    width, height = image.size
+    if isinstance(image, JpegImageFile) and width * height > _REDUCED_ABOVE:
+        part = _reduction(width, height, at_least)
+        image.draft(None, (width // part, height // part))
+    whole = bool(image.info.get("progressive"))
+    decoded = width * height if whole else image.width * image.height
+    if decoded > MAX_PIXELS:
+        kind = ", as a progressive JPEG" if whole else ""
+        raise TooLarge(f"it has {width}x{height} pixels{kind}, {_MORE}")
+
+
+def _reduction(width: int, height: int, at_least: int) -> int:
+    """Give the largest reduction that keeps enough, or a larger one that bounds it."""
+    wanted = min(width, height) // (2 * at_least)
+    part = next((part for part in (8, 4, 2) if part <= wanted), 1)
+    while part < 8 and -(-width // part) * -(-height // part) > MAX_PIXELS:
+        part *= 2
+    return part
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
