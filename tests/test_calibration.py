@@ -101,6 +101,17 @@ def test_a_calibrated_compact_layer_is_closer_on_images_it_never_saw(
     assert _ffn_error(trained, seen, unseen) < 0.8 * _ffn_error(trained, plain, unseen)
 
 
+@pytest.mark.parametrize("bias", [0.0, 0.3], ids=["zero", "biased"])
+def test_a_matrix_of_zeros_is_compacted_to_one(bias: float) -> None:
+    model = tiny_vit(depth=2)
+    nn.init.zeros_(model.blocks[0].mlp.fc2.weight)
+    nn.init.constant_(model.blocks[0].mlp.fc2.bias, bias)
+    recipe = mh.Recipe(mh.Swap(blocks=[0], ffn=mh.Compact()))
+    images = torch.randn(4, 3, 32, 32)
+    student = mh.convert(model, recipe, images=images)
+    assert_close(student(images), model(images))
+
+
 def test_chosen_heads_are_more_alike_than_the_first_half(trained: nn.Module) -> None:
     images, _ = _digits()
     report = mh.preview(trained, HALF, images=images[:64])

@@ -350,8 +350,10 @@ def _basis(
             mean = moments.mean.to(spread)
             seen = seen - torch.outer(mean, mean)
         # Directions that few images left out still count a little, as if inputs had
-        # no preferred direction.
-        spread = seen + _RIDGE * seen.trace() / spread.trace() * spread
+        # no preferred direction. A matrix of zeros has none to add.
+        if (total := spread.trace()) > 0:
+            seen = seen + _RIDGE * seen.trace() / total * spread
+        spread = seen
     _, vectors = torch.linalg.eigh(spread)
     kept: Tensor = vectors[:, -rank:].flip(1)
     return kept
