@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import manyheads as mh
 from manyheads.artifacts import open_artifact
 from manyheads.data.photographs import sample_photographs
-from manyheads.errors import DataError
+from manyheads.errors import DataError, GeometryMismatch, ImageSizeError
+from manyheads.ffn import Branches, CompactLinear
 from manyheads.running import run
-from tests.helpers import tiny_vit
+from tests.exports import small_model
+from tests.helpers import assert_close, tiny_vit
 
 pytest.importorskip("onnx", reason="needs the extra: manyheads[export]")
 pytest.importorskip("onnxruntime", reason="needs the extra: manyheads[export]")
@@ -106,3 +111,83 @@ def test_images_that_check_nothing_are_named(
     with pytest.raises(DataError, match=facts):
         mh.export(tiny_vit(depth=1), tmp_path / "m.pt2", images=images)
     assert list(tmp_path.iterdir()) == []
+
+
+def tiny_pvt(name: str = "pvt_v2_b0") -> nn.Module:
+    return timm.create_model(
+        name,
+        depths=(1, 1, 1, 1),
+        embed_dims=(8, 16, 24, 32),
+        num_heads=(1, 2, 3, 4),
+        num_classes=7,
+    ).eval()
+
+
+def test_sizes_that_a_pyramid_runs_unpadded_are_refused(tmp_path: Path) -> None:
+    model = tiny_pvt()
+    path = mh.export(model, tmp_path / "m.pt2", image_size=(64, 64)).path
+    artifact = open_artifact(path)
+    assert not artifact.card.pads
+    images = torch.randn(1, 3, 70, 64)
+    padded = model(F.pad(images, (0, 0, 0, 26))).detach()
+    moved = (model(images).detach() - padded).abs().max() / padded.abs().max()
+    assert moved > 1e-3, "the model itself does not pad"
+    facts = r"70x64.*whole 32x32 cells.*zeros.*image_size=\(96, 64\)"
+    with pytest.raises(ImageSizeError, match=facts):
+        artifact(images)
+    with pytest.raises(ImageSizeError, match=facts):
+        run(path, sample_photographs()[0], image_size=(70, 64))
+    whole = torch.randn(2, 3, 96, 64)
+    assert_close(artifact(whole), model(whole).detach(), slack=10)
+
+
+def test_grids_smaller_than_the_landmarks_are_refused(tmp_path: Path) -> None:
+    model = small_model(mh.Interactive(landmarks=(3, 2)), dynamic_img_size=True)
+    artifact = open_artifact(mh.export(model, tmp_path / "m.pt2").path)
+    assert artifact.card.smallest == (24, 16)
+    images = torch.randn(1, 3, 16, 32)
+    with pytest.raises(GeometryMismatch):
+        model(images)
+    with pytest.raises(ImageSizeError, match=r"16x32.*landmarks.*\(24, 16\) or more"):
+        artifact(images)
+    least = torch.randn(1, 3, 24, 16)
+    assert_close(artifact(least), model(least).detach(), slack=5)
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [(tiny_vit, (32, 32)), (lambda: tiny_pvt("pvt_v2_b2_li"), (64, 64))],
+    ids=["vit", "pvt-linear"],
+)
+def test_compact_branches_are_folded_and_answer_as_before(
+    make: Callable[[], nn.Module], size: tuple[int, int], tmp_path: Path
+) -> None:
+    student = mh.convert(make(), mh.Recipe(mh.Swap(ffn=mh.Compact(branches=2))))
+    images = torch.randn(4, 3, *size)
+    _stir(student, images)
+    layers = [m for m in student.modules() if isinstance(m, CompactLinear)]
+    assert any(other.norm.weight.any() for other in layers[0].inner.others)
+    exported = mh.export(student, tmp_path / "m.pt2", image_size=size)
+    assert exported.folded == len(layers) >= 3
+    program = torch.export.load(exported.path)
+    assert not any(".others." in name for name in program.state_dict)
+    answers = open_artifact(exported.path)(images)
+    assert_close(answers, student(images).detach(), slack=10)
+    assert all(isinstance(m.inner, Branches) for m in layers), "the model keeps them"
+
+
+def test_compact_layers_without_branches_are_not_counted(tmp_path: Path) -> None:
+    exported = mh.export(small_model(), tmp_path / "m.pt2", dynamic=False)
+    assert exported.folded == 0
+    assert "folded" not in str(exported)
+
+
+def _stir(model: nn.Module, images: Tensor) -> None:
+    """Train a little, so that gains and running statistics are no longer fresh."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(images).square().mean().backward()
+        optimizer.step()
+    model.eval()

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -99,15 +100,24 @@ def test_every_mechanism_reaches_every_small_type(
     assert all(c.difference <= exported.tolerance / 4 for c in exported.checks)
 
 
-def test_the_file_says_what_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["pt2", "onnx"])
+def test_the_file_says_what_it_is(target: str, tmp_path: Path) -> None:
     model = small_model()
-    exported = mh.export(model, tmp_path / "m.pt2", dynamic=False)
+    told = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    told |= {"interpolation": "bilinear", "crop_pct": 0.8}
+    model.pretrained_cfg |= told
+    exported = mh.export(model, file_for(tmp_path, target), dynamic=False)
     card = open_artifact(exported.path).card
     assert card.recipe == mh.Recipe.from_dict(card.recipe).to_dict()
     assert card.labels == tuple(map(str, range(10)))
-    assert card.image.mean == (0.5, 0.5, 0.5)
-    assert card.image.interpolation == "bicubic"
-    assert torch.__version__.startswith(card.versions["torch"])
+    assert card.image.mean == told["mean"]
+    assert card.image.std == told["std"]
+    assert card.image.interpolation == "bilinear"
+    assert card.image.crop == 0.8
+    assert card.image.size == card.smallest == (32, 32)
+    made = ["manyheads", "torch", "timm"]
+    made += ["onnx", "onnxscript", "onnxruntime"] if target == "onnx" else []
+    assert card.versions == {name: version(name) for name in made}
     assert Card.from_json(card.to_json(), where="here") == card
     again = json.loads(json.dumps(exported.to_json()))
     assert again["checks"][0]["image_size"] == [32, 32]

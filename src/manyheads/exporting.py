@@ -20,6 +20,7 @@ from torch import nn
 
 from manyheads.artifacts import Artifact, Card, Target, open_artifact
 from manyheads.artifacts.classes import one_each, require_scores
+from manyheads.artifacts.sizes import pads, smallest
 from manyheads.artifacts.targets import Shipped, fold, problem, target_for, trace, write
 from manyheads.artifacts.verification import (
     Check,
@@ -202,7 +203,9 @@ def export(
             labels=one_each(names, answer.shape[-1], whose=whose),
             image=wanted,
             cell=cell,
-            versions=_versions(form),
+            versions=_versions(form, model),
+            pads=cell is not None and pads(reference, host, wanted.size),
+            smallest=smallest(reference, cell) if cell else wanted.size,
         )
         _write(model, Shipped(ship, host), fresh, card, file)
         artifact = _opened(model, fresh, file)
@@ -268,8 +271,9 @@ def _limit(tolerance: float | None, dtype: torch.dtype, *, int8: bool) -> float:
     return float(tolerance)
 
 
-def _versions(form: Target) -> dict[str, str]:
-    needed = ["manyheads", "torch", "timm"]
+def _versions(form: Target, model: nn.Module) -> dict[str, str]:
+    library = type(model).__module__.partition(".")[0]
+    needed = ["manyheads", "torch", "timm", library]
     needed += ["onnx", "onnxscript", "onnxruntime"] if form == "onnx" else []
     found = {}
     for name in needed:

@@ -53,6 +53,9 @@ class Card:
         cell: Height and width in pixels of which image sizes must be multiples; None
             where only the native size runs.
         versions: What made it.
+        pads: Whether sizes between whole cells are padded with zeros, as the model's
+            library does it; else they are refused.
+        smallest: Height and width in pixels of the smallest image it takes.
     """
 
     target: Target
@@ -64,6 +67,8 @@ class Card:
     image: ImageInput
     cell: Grid | None
     versions: dict[str, str]
+    pads: bool = True
+    smallest: Grid = (1, 1)
 
     def to_json(self) -> str:
         """Write it as one JSON object with its format name and version."""
@@ -100,23 +105,18 @@ class Artifact(ABC):
         self.card = card
 
     def __call__(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B ..."]:
-        """Run preprocessed images; sizes between whole patches are padded with zeros.
+        """Run preprocessed images.
+
+        Sizes between whole cells are padded with zeros where the model's library does
+        so, and refused where it does not.
 
         Raises:
-            ImageSizeError: The file runs at its native size only, or the images are
-                smaller than one patch.
+            ImageSizeError: The model does not take this size, or would answer
+                something else at it than the file.
             DataError: The program fails on them.
         """
         size = (images.shape[-2], images.shape[-1])
-        wanted = self.card.image.size
-        if self.card.cell is not None:
-            wanted = fit_to_patches(size, self.card.cell)
-        elif size != wanted:
-            raise ImageSizeError(
-                asked=f"image_size={size[0]}x{size[1]}",
-                found=f"the file was exported for {wanted[0]}x{wanted[1]} only",
-                fix="Export with dynamic=True from a model that takes any size.",
-            )
+        wanted = self._fed(size)
         padding = (0, wanted[1] - size[1], 0, wanted[0] - size[0])
         dtype: torch.dtype = getattr(torch, self.card.dtype)
         ready = F.pad(images, padding).to(dtype).contiguous()
@@ -132,6 +132,38 @@ class Artifact(ABC):
                 found=f"the exported program fails: {error!s:.300}",
                 fix="Use another image size, or export with dynamic=False.",
             ) from error
+
+    def _fed(self, size: Grid) -> Grid:
+        """Give the size to which images of this one are padded, or refuse them."""
+        card, asked = self.card, f"image_size={size[0]}x{size[1]}"
+        if card.cell is None:
+            if size == card.image.size:
+                return size
+            height, width = card.image.size
+            raise ImageSizeError(
+                asked=asked,
+                found=f"the file was exported for {height}x{width} only",
+                fix="Export with dynamic=True from a model that takes any size.",
+            )
+        fed = fit_to_patches(size, card.cell)
+        if fed != size and not card.pads:
+            raise ImageSizeError(
+                asked=asked,
+                found=f"the file takes whole {card.cell[0]}x{card.cell[1]} cells",
+                why="the model takes this size without padding, and padded with zeros "
+                "the file would answer something else",
+                fix=f"Use image_size={fed}.",
+            )
+        if fed[0] < card.smallest[0] or fed[1] < card.smallest[1]:
+            raise ImageSizeError(
+                asked=asked,
+                found="its grid has fewer rows or columns than Interactive() has "
+                "landmarks",
+                why="a landmark is the average of at least one token of its own",
+                fix=f"Use image_size={card.smallest} or more, or convert with fewer "
+                "landmarks.",
+            )
+        return fed
 
     @abstractmethod
     def _run(self, images: Tensor) -> Tensor:
