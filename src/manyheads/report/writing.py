@@ -118,6 +118,11 @@ def _read(source: Path) -> dict[str, Any]:
     converted, figures = found.get("converted") or {}, found.get("figures") or []
     if not isinstance(converted, dict) or not _are_objects(converted.get("rows") or []):
         raise _unreadable(source, "'converted' is not what preview().to_json() gives")
+    for number, row in enumerate(converted.get("rows") or []):
+        for name in ("parameters", "flops"):
+            if not _is_pair(row.get(name, [0, 0])):
+                told = f"'converted' row {number} has {name}={row[name]!r:.80}"
+                raise _unreadable(source, f"{told}, which is no [before, after]")
     if not _are_objects(figures):
         raise _unreadable(source, "'figures' is no list of objects with a 'file'")
     return found
@@ -125,6 +130,14 @@ def _read(source: Path) -> dict[str, Any]:
 
 def _are_objects(rows: Any) -> bool:
     return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+
+
+def _is_pair(values: Any) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == 2
+        and all(isinstance(value, int | float) for value in values)
+    )
 
 
 def _is_size(size: Any) -> bool:
