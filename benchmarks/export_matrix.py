@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Write the cells as one Markdown table, with the reasons of refusals below."""
+    """Write the cells as one Markdown table, with the reasons for less below."""
     targets = [t for t in get_args(Target) if any(k.endswith(f"| {t}") for k in found)]
     columns = [(name, target) for name in SPECS for target in targets]
     lines = [
@@ -147,20 +147,26 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         cells = []
         for name, target in columns:
             cell = found.get(f"{family} | {name} | {target}")
-            if cell and cell["refused"] and cell["refused"] not in reasons:
-                reasons.append(cell["refused"])
+            if cell and _reason(cell) and _reason(cell) not in reasons:
+                reasons.append(_reason(cell))
             cells.append(_shown(cell, reasons))
         lines.append(f"| {family} | " + " | ".join(cells) + " |")
     notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, start=1)]
     return "\n".join([*lines, "", *notes]) + "\n"
 
 
+def _reason(cell: dict[str, Any]) -> str:
+    """Give why there is no file, or none that takes any size; empty if there is."""
+    return str(cell["refused"] or cell["not_at_any_size"])
+
+
 def _shown(cell: dict[str, Any] | None, reasons: list[str]) -> str:
     if cell is None:
         return "not run"
+    note = f" ({reasons.index(_reason(cell)) + 1})" if _reason(cell) else ""
     if cell["refused"]:
-        return f"no ({reasons.index(cell['refused']) + 1})"
-    return "any size" if cell["cell"] else "native size"
+        return f"no{note}"
+    return "any size" if cell["cell"] else f"native size{note}"
 
 
 def export_cell(family: str, name: str, target: Target) -> dict[str, Any]:
