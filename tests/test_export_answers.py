@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from manyheads.running import run
 from tests.exports import small_model
 from tests.helpers import assert_close, tiny_vit
 
-pytest.importorskip("onnx", reason="needs the extra: manyheads[export]")
+onnx = pytest.importorskip("onnx", reason="needs the extra: manyheads[export]")
 pytest.importorskip("onnxruntime", reason="needs the extra: manyheads[export]")
 
 # The tracer passes symbolic sizes where the type checks know only int.
@@ -42,6 +43,23 @@ def test_names_of_a_classifier_that_was_replaced_are_left_out(
     (answer,) = run(path, sample_photographs()[0], top=5).answers
     assert len(answer.guesses) == min(5, count)
     assert all(guess.label == str(guess.index) for guess in answer.guesses)
+
+
+def test_an_older_file_whose_names_do_not_fit_is_answered_with_numbers(
+    tmp_path: Path,
+) -> None:
+    model = tiny_vit(depth=1, num_classes=3)
+    path = mh.export(model, tmp_path / "m.onnx", dynamic=False).path
+    written = onnx.load(path)
+    (told,) = (p for p in written.metadata_props if p.key == "manyheads.json")
+    card = json.loads(told.value)
+    del card["pads"], card["smallest"]
+    card["labels"] = [f"name {number}" for number in range(1000)]
+    told.value = json.dumps(card)
+    onnx.save(written, path)
+    with pytest.warns(RuntimeWarning, match=r"m\.onnx: there are 1000 .* 3 outputs"):
+        (answer,) = run(path, sample_photographs()[0]).answers
+    assert {guess.label for guess in answer.guesses} == {"0", "1", "2"}
 
 
 def test_names_that_fit_are_kept(tmp_path: Path) -> None:

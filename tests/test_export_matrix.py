@@ -42,6 +42,17 @@ def test_the_page_shows_the_record() -> None:
     assert table(json.loads(RECORD.read_text())) in PAGE.read_text(encoding="utf-8")
 
 
+def test_a_cell_of_one_size_where_any_was_tried_has_its_reason_below() -> None:
+    found = json.loads(RECORD.read_text())
+    tried = {"cell": None, "not_at_any_size": "NotExportable: a guard failed"}
+    found["timm ViT, DeiT | Softmax | pt2"] |= tried
+    found["torchvision ViT | Hydra | pt2"] |= tried
+    shown = table(found)
+    assert "| timm ViT, DeiT | native size (1) |" in shown
+    assert "\n1. NotExportable: a guard failed\n" in shown
+    assert shown.count("native size (1)") == 2
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_part_of_attention_shows_in_the_outputs(family: str) -> None:
     # Else an export could have any attention at all and pass the comparison.

@@ -146,8 +146,14 @@ def test_further_pictures_are_taken_along(tmp_path: Path) -> None:
         ({"converted": [1]}, r"'converted' is not what preview"),
         ({"converted": {"rows": ["x"]}}, r"'converted' is not what preview"),
         ({"converted": {"rows": [{"parameters": 5}]}}, "row 0 has parameters=5, "),
-        ({"converted": {"rows": [{}, {"flops": [1, None]}]}}, r"row 1 has flops=\[1, N"),
-        ({"converted": {"rows": [{"flops": [1, 2, 3]}]}}, r"row 0 has flops=\[1, 2, 3\]"),
+        (
+            {"converted": {"rows": [{}, {"flops": [1, None]}]}},
+            r"row 1 has flops=\[1, N",
+        ),
+        (
+            {"converted": {"rows": [{"flops": [1, 2, 3]}]}},
+            r"row 0 has flops=\[1, 2, 3\]",
+        ),
         ({"figures": "maps.png"}, "'figures' is no list of objects"),
         ({"figures": [{"file": "../x.png"}]}, r"'\.\./x\.png' is not beside it"),
         ({"figures": [{"file": "absent.png"}]}, r"absent\.png.*cannot be read"),
