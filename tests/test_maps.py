@@ -309,6 +309,24 @@ def test_images_of_the_wrong_form_are_named(tmp_path: Path) -> None:
         mh.attention_maps(tiny_vit(depth=1), tmp_path / "absent.jpg")
 
 
+@pytest.mark.parametrize(
+    ("broken", "facts"),
+    [
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"torch\.uint8"),
+        (torch.full((2, 3, 32, 32), torch.nan), "image 0 and 1 others hold NaN"),
+        (torch.full((1, 3, 32, 32), torch.inf), "infinity"),
+        (torch.zeros(1, 4, 32, 32), "4 channels and the model wants 3"),
+    ],
+    ids=["uint8", "NaN", "infinity", "channels"],
+)
+def test_tensors_that_are_not_preprocessed_are_refused(
+    broken: Tensor, facts: str
+) -> None:
+    for looking in (mh.attention_maps, attention_rollout):
+        with pytest.raises(DataError, match=rf"{facts}.*float tensor \[B, 3, H, W\]"):
+            looking(tiny_vit(depth=1), broken)
+
+
 def test_a_rollout_through_softmax_is_the_published_product() -> None:
     model, images = tiny_vit(depth=3), torch.randn(2, 3, 32, 32)
     rolled = attention_rollout(model, images, queries=[0, 5])

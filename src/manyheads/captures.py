@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.attention import Mechanism, Softmax
-from manyheads.data.photographs import prepare_files
+from manyheads.data.photographs import misfit, prepare_files
 from manyheads.errors import DataError, ManyheadsError
 from manyheads.geometry import Grid
 from manyheads.hosts import Host, ImageInput, Site, mechanism_of
@@ -90,19 +90,21 @@ def picture_tensor(
     """Take preprocessed images as they are, and prepare files.
 
     Raises:
-        DataError: A file cannot be read, or the tensor has the wrong form.
+        DataError: A file cannot be read, or the tensor has the wrong form or type, or
+            holds what is no number.
     """
     if isinstance(images, str | Path):
         images = [images]
     if not isinstance(images, Tensor):
         return prepare_files(images, wanted, image_size)
-    if images.ndim == 4 and images.shape[1] == wanted.channels and len(images):
-        return images
-    raise DataError(
-        asked="attention maps of these images",
-        found=f"their shape is {list(images.shape)}",
-        fix=f"Pass preprocessed images [B, {wanted.channels}, H, W], or picture files.",
-    )
+    if problem := misfit(images, wanted.channels):
+        raise DataError(
+            asked=f"attention maps of a tensor {list(images.shape)}",
+            found=problem,
+            fix=f"Pass a float tensor [B, {wanted.channels}, H, W], normalised as the "
+            "model wants it, or picture files.",
+        )
+    return images
 
 
 def padded(images: Tensor, fed: tuple[int, int]) -> Tensor:

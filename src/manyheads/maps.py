@@ -174,7 +174,7 @@ def attention_maps(
         UnknownHost: No host knows the model.
         InvalidOption: A block, head or query is out of range, or a block has no maps.
         MapsTooLarge: More than 2 GiB of maps were asked for.
-        DataError: An image cannot be read or has the wrong form.
+        DataError: An image cannot be read, has the wrong form or type, or holds NaN.
         ImageSizeError: The size gives no valid token grid.
     """
     host, sites = find_host(model)
@@ -232,7 +232,7 @@ def attention_rollout(
         InvalidOption: A query is out of range.
         ManyheadsError: Blocks have different tokens, as in hierarchical models, or mix
             them by a convolution.
-        DataError: An image cannot be read or has the wrong form.
+        DataError: An image cannot be read, has the wrong form or type, or holds NaN.
     """
     host, sites = find_host(model)
     if fixed := [site for site in sites if site.fixed]:

@@ -27,6 +27,7 @@ from torch.utils.data import Dataset, IterableDataset
 from manyheads.data.bundled import digits
 from manyheads.data.folders import list_files, list_pictures, picture_endings
 from manyheads.data.labels import number_labels
+from manyheads.data.photographs import misfit
 from manyheads.data.preprocessing import Preprocessing
 from manyheads.data.samples import (
     PictureSamples,
@@ -320,17 +321,10 @@ def pair_of(images: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
 
 
 def _misfit(images: Tensor, labels: Tensor | None, channels: int) -> str | None:
-    shape = list(images.shape)
-    if images.ndim != 4 or not len(images):
-        return f"its shape is {shape}, not [n, C, H, W] with at least one image"
-    if shape[1] != channels:
-        return f"it has {shape[1]} channels and the model wants {channels}"
-    if not images.is_floating_point():
-        return f"its type is {images.dtype}: that is not preprocessed yet"
-    if not images.isfinite().all():
-        bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-        return f"image {bad[0]} and {len(bad) - 1} others hold NaN or infinity"
-    return None if labels is None else label_problem(labels, len(images))
+    problem = misfit(images, channels)
+    if problem is None and labels is not None:
+        return label_problem(labels, len(images))
+    return problem
 
 
 def label_problem(labels: Tensor, count: int) -> str | None:

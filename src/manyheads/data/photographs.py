@@ -25,6 +25,7 @@ from manyheads.hosts import ImageInput
 
 __all__ = [
     "frame",
+    "misfit",
     "normalise",
     "open_photograph",
     "prepare",
@@ -134,6 +135,21 @@ def prepare_files(
         for path in paths
     )
     return torch.stack([prepare(image, wanted, size) for image in opened])
+
+
+def misfit(images: Tensor, channels: int) -> str | None:
+    """Say in one clause why a tensor is no batch of preprocessed images, or None."""
+    shape = list(images.shape)
+    if images.ndim != 4 or not len(images):
+        return f"its shape is {shape}, not [n, C, H, W] with at least one image"
+    if shape[1] != channels:
+        return f"it has {shape[1]} channels and the model wants {channels}"
+    if not images.is_floating_point():
+        return f"its type is {images.dtype}: that is not preprocessed yet"
+    if not images.isfinite().all():
+        bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        return f"image {bad[0]} and {len(bad) - 1} others hold NaN or infinity"
+    return None
 
 
 def restore(
