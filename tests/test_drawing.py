@@ -137,3 +137,50 @@ def test_a_run_of_patches_shares_the_weight_of_its_key() -> None:
     laid = block.on_grid(torch.arange(keys).float()).flatten()
     assert laid[: block.key_run].eq(0).all()
     assert laid[block.key_run].item() == pytest.approx(1 / block.key_run)
+
+
+_SHALLOW = {"depths": (1, 1, 1, 1), "num_classes": 7}
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["plain", "converted"])
+@pytest.mark.parametrize(
+    ("name", "size", "grids"),
+    [
+        ("pvt_v2_b0", (100, 100), [(3, 3), (3, 3), (3, 3), (4, 4)]),
+        # One row of keys: squares of patches that only their number tells.
+        ("pvt_v2_b0", (60, 132), [(1, 4), (2, 4), (2, 4), (2, 5)]),
+        ("pvt_v2_b2_li", (100, 132), [(7, 7)] * 4),
+        ("nextvit_small", (100, 100), [(13, 13), (7, 7), (4, 4)]),
+        ("nextvit_small", (40, 60), [(5, 8), (3, 4), (2, 2)]),
+    ],
+)
+def test_pyramids_are_drawn_at_sizes_that_are_no_whole_cells(
+    name: str,
+    size: tuple[int, int],
+    grids: list[tuple[int, int]],
+    converted: bool,
+    tmp_path: Path,
+) -> None:
+    changes = _SHALLOW | ({"depths": (1, 1, 5, 1)} if "next" in name else {})
+    model = timm.create_model(name, **changes).eval()
+    if converted:
+        model = mh.convert(model, mh.Recipe(mh.Swap(attention=mh.Hydra()))).eval()
+    images = torch.randn(1, 3, *size)
+    maps = mh.attention_maps(model, images, heads=[0], queries=[0])
+    assert [block.grid for block in maps.blocks] == grids
+    for block in maps.blocks:
+        laid = block.on_grid(block.influence)
+        assert laid.shape[-2:] == block.grid
+        assert_close(laid.sum(dim=(-2, -1)), block.influence.sum(dim=-1))
+    assert draw(maps, tmp_path / "maps.png").exists()
+
+
+def test_a_run_is_as_long_where_it_is_the_only_one() -> None:
+    model = timm.create_model("nextvit_small", depths=(1, 1, 5, 1), num_classes=7)
+    images = torch.randn(1, 3, 40, 40)
+    block = mh.attention_maps(model.eval(), images, heads=[0]).blocks[0]
+    # 25 patches, pooled by 16: the last nine are no part of any key.
+    assert (block.grid, block.maps.shape[-1], block.key_run) == ((5, 5), 1, 16)
+    laid = block.on_grid(torch.ones(1)).flatten()
+    assert laid[:16].eq(1 / 16).all()
+    assert laid[16:].eq(0).all()

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,16 @@ from manyheads.geometry import Grid
 from manyheads.hosts import Host, ImageInput, Site, mechanism_of
 from manyheads.surgery import Operation, apply_swaps
 
-__all__ = ["Call", "Pictures", "padded", "picture_tensor", "require_all", "watch"]
+__all__ = [
+    "Call",
+    "Pictures",
+    "key_grid",
+    "key_run",
+    "padded",
+    "picture_tensor",
+    "require_all",
+    "watch",
+]
 
 Pictures = Tensor | str | Path | Sequence[str | Path]
 """Preprocessed images [B, C, H, W], or picture files."""
@@ -111,6 +121,65 @@ def padded(images: Tensor, fed: tuple[int, int]) -> Tensor:
     """Add zeros at the bottom and on the right, up to whole patches."""
     height, width = images.shape[-2:]
     return F.pad(images, (0, fed[1] - width, 0, fed[0] - height))
+
+
+def key_grid(
+    site: Site, call: Call, native: tuple[int, int], fed: tuple[int, int]
+) -> Grid | None:
+    """Give rows and columns of what a block looks at: the patches, or fewer keys.
+
+    Args:
+        site: The block.
+        call: What its mechanism was called with.
+        native: Height and width in pixels at which the site's own grid holds.
+        fed: Height and width of the images that the call saw.
+
+    Returns:
+        None where the keys are no grid.
+    """
+    prefix, known = site.geometry.num_prefix_tokens, site.geometry.grid
+    queries, keys = call.q.shape[1] - prefix, call.k.shape[1] - prefix
+    grid = call.grid or (_scaled(known, native, fed) if known else None)
+    if grid is None or prod(grid) != queries or keys < 1:
+        return None
+    if site.keys_in_runs or keys == queries:
+        return grid
+    found = _coarser(grid, keys)
+    if found is None and known and keys == site.geometry.reduced_keys:
+        # Pooled to as many keys at any size: they lie as at the native one.
+        found = _coarser(known, keys)
+    return found
+
+
+def key_run(site: Site) -> int:
+    """Count the patches, one after the other, that one key stands for; 1 as a rule."""
+    geometry = site.geometry
+    if not site.keys_in_runs or not geometry.grid or not geometry.reduced_keys:
+        return 1
+    # Of the native size: in a small image patches beyond the last run blur the ratio.
+    return prod(geometry.grid) // geometry.reduced_keys
+
+
+def _scaled(grid: Grid, native: tuple[int, int], fed: tuple[int, int]) -> Grid:
+    """Scale the native grid; pyramids make a cell of what is left over at an edge."""
+    rows, columns = (
+        -(-side * cells // size)
+        for side, cells, size in zip(fed, grid, native, strict=True)
+    )
+    return rows, columns
+
+
+def _coarser(grid: Grid, keys: int) -> Grid | None:
+    """Lay keys out that are squares of patches each; what an edge cuts off is lost.
+
+    Larger squares leave fewer rows and fewer columns, so that a number of keys has one
+    grid at most.
+    """
+    for side in range(1, min(grid) + 1):
+        rows, columns = grid[0] // side, grid[1] // side
+        if rows * columns == keys:
+            return rows, columns
+    return None
 
 
 def require_all(sites: Sequence[Site], found: dict[int, Any]) -> None:

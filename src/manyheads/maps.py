@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import isqrt, prod
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,8 @@ from manyheads.attention import Mechanism
 from manyheads.captures import (
     Call,
     Pictures,
+    key_grid,
+    key_run,
     padded,
     picture_tensor,
     require_all,
@@ -32,7 +34,7 @@ from manyheads.captures import (
 from manyheads.data.photographs import restore
 from manyheads.errors import InvalidOption, ManyheadsError, MapsTooLarge
 from manyheads.geometry import Grid
-from manyheads.hosts import ImageInput, Site, find_host
+from manyheads.hosts import Site, find_host
 
 __all__ = ["BlockMaps", "Maps", "attention_maps", "attention_rollout"]
 
@@ -186,7 +188,7 @@ def attention_maps(
     spent = [0]
 
     def look(site: Site, call: Call, fed: tuple[int, int]) -> None:
-        grid = _grid(site, wanted, fed, call)
+        grid = key_grid(site, call, wanted.size, fed)
         found[site.index] = _build(site, call, wished[0], wished[1], grid, spent)
 
     picked = [sites[number] for number in chosen]
@@ -332,30 +334,8 @@ def _build(
         values=call.v.cpu(),
         num_prefix_tokens=core.geometry.num_prefix_tokens,
         grid=grid,
-        key_run=call.q.shape[1] // keys if site.keys_in_runs else 1,
+        key_run=key_run(site),
     )
-
-
-def _grid(
-    site: Site, wanted: ImageInput, fed: tuple[int, int], call: Call
-) -> Grid | None:
-    """Scale the native grid to the image that is fed; None where it does not fit."""
-    native, prefix = site.geometry.grid, site.geometry.num_prefix_tokens
-    queries, keys = call.q.shape[1] - prefix, call.k.shape[1] - prefix
-    if native is None or keys < 1:
-        return None
-    rows, columns = (
-        side * cells // size
-        for side, cells, size in zip(fed, native, wanted.size, strict=True)
-    )
-    if rows * columns != queries:
-        return None
-    if site.keys_in_runs or keys == queries:
-        return rows, columns
-    # Fewer keys, each made of a square of patches; what is cut off at an edge is lost.
-    side = isqrt(queries // keys)
-    rows, columns = rows // side, columns // side
-    return (rows, columns) if rows * columns == keys else None
 
 
 def _with_maps(sites: Sequence[Site], blocks: Iterable[int] | None) -> tuple[int, ...]:
