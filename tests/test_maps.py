@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -164,13 +165,38 @@ def _stirred(spec: AttentionSpec, **changes: object) -> nn.Module:
 @each_spec
 def test_rows_of_trained_maps_are_rows_of_all_maps(spec: AttentionSpec) -> None:
     # The class token, an inner patch, a corner, both ends of a row, one token twice.
-    queries, heads = [0, 11, 24, 6, 7, 11], [2, 0, 3]
+    queries = [0, 11, 24, 6, 7, 11]
     model = _stirred(spec, dynamic_img_size=True).double()
     images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
     whole = mh.attention_maps(model, images, blocks=[1]).blocks[0]
-    part = mh.attention_maps(model, images, blocks=[1], heads=heads, queries=queries)
-    expected = whole.maps[:, heads][:, :, queries]
-    assert_close(part.blocks[0].maps, expected)
+    # Of four heads the first two are real where half of them are hallucinated.
+    for heads in ([2, 0, 3], [1], [3], [0, 1], [-1, 2, 3]):
+        part = mh.attention_maps(
+            model, images, blocks=[1], heads=heads, queries=queries
+        )
+        expected = whole.maps[:, heads][:, :, queries]
+        assert_close(part.blocks[0].maps, expected)
+
+
+@each_spec
+def test_maps_that_are_built_in_parts_obey_the_same_law(spec: AttentionSpec) -> None:
+    # Maps of 33 MiB and more, one image; Hydra has one for each of 48 features.
+    size = 48 if isinstance(spec, mh.Hydra) else 64
+    model = _stirred(spec, patch_size=2, img_size=size).double()
+    images = torch.randn(1, 3, size, size, dtype=torch.float64)
+    block = mh.attention_maps(model, images, blocks=[1]).blocks[0]
+    assert block.maps.nbytes > 32 * 1024**2
+    everywhere = mh.convert(
+        model, mh.Recipe(mh.Swap(blocks=[0], attention=mh.Softmax()))
+    )
+    output = _mixed(everywhere, images)[1]
+    assert_close(apply_maps(block.maps, block.values), output)
+    if isinstance(spec, mh.Hydra):
+        values = block.values.flatten(2).transpose(1, 2)
+        expected = (block.maps * values[:, :, None]).norm(dim=1)
+    else:
+        expected = block.maps.mean(dim=1)
+    assert_close(block.influence, expected)
 
 
 @pytest.mark.parametrize("prefix", [0, 2], ids=["no prefix", "two prefix tokens"])
@@ -257,6 +283,58 @@ def test_one_token_s_maps_at_1080p_never_hold_all_pairs(spec: AttentionSpec) -> 
     assert seen.shape == (1, 1, tokens)
     # All pairs of one head take 254 MiB; keys and values of all heads 12 MiB each.
     assert largest.bytes < 16 * 1024**2
+
+
+class _Held(TorchDispatchMode):
+    """Notes the most bytes that what operators gave has held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                seen = StorageWeakRef(storage)
+                self.alive[seen.cdata] = seen, storage.nbytes()
+        self.alive = {
+            key: (seen, size)
+            for key, (seen, size) in self.alive.items()
+            if not seen.expired()
+        }
+        held = sum(size for _, size in self.alive.values())
+        self.bytes = max(self.bytes, held)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("spec", "heads"),
+    [
+        (mh.Softmax(), [0]),
+        (mh.Hydra(reference_tokens=9), [0]),
+        (mh.Interactive(), [0]),
+        (mh.Hallucinated(), []),
+        (mh.Hallucinated(cross_map=True), [23]),
+    ],
+    ids=repr,
+)
+def test_heads_that_are_not_asked_for_are_never_held(
+    spec: AttentionSpec, heads: list[int]
+) -> None:
+    model = _model(spec, patch_size=2, img_size=96, num_heads=24)
+    images = torch.randn(1, 3, 96, 96)
+    with _Held() as held:
+        found = mh.attention_maps(
+            model, images, blocks=[1], heads=heads, queries=range(1000)
+        )
+    one_map = 4 * 1000 * 2305
+    assert found.blocks[0].maps.nbytes == one_map * len(heads)
+    # These rows of one map take 9 MiB, of all heads 211, more than once on the way; a
+    # part takes 32, and a mechanism holds a few of them.
+    assert held.bytes < one_map * (len(heads) + 1) + 176 * 1024**2
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.attention import Mechanism
+from manyheads.attention.base import in_parts, row_bytes
 from manyheads.captures import (
     Call,
     Pictures,
@@ -157,9 +158,10 @@ def attention_maps(
     one per feature; its `influence` sums them up for a query token, and its
     `contributions` say how much each token has put into the summary.
 
-    Cost: one run of the model; maps of M heads and Q queries take M Q N numbers a
-    block. Only what is asked for is built, block after block, where the mechanism's
-    rows do not depend on each other; name few blocks, heads and queries at large sizes.
+    Cost: one run of the model; M heads and Q queries take (M + 1) Q N numbers a block,
+    the influence among them. Beside these, block after block, a few parts of 32 MiB
+    are held, where the mechanism's rows do not depend on each other; name few blocks,
+    heads and queries at large sizes.
 
     Args:
         model: A hosted model; it is not touched.
@@ -293,7 +295,7 @@ def _build(
     core, keys = call.core, call.k.shape[1]
     maps = _numbers("heads", heads, core.num_maps, where=site.attention_path)
     rows = _numbers("queries", queries, call.q.shape[1], where=site.attention_path)
-    row = call.q.element_size() * len(call.q) * keys
+    row = row_bytes(call.q, call.k)
     spent[0] += row * len(rows) * (len(maps) + 1)
     # Without rows of its own a mechanism builds all of a block's maps on the way.
     whole = type(core).rows is Mechanism.rows
@@ -311,12 +313,6 @@ def _build(
             else "Ask for less: blocks=[-1], heads=range(4), queries=[0]; heads=() for "
             "the influence alone.",
         )
-    if maps:
-        built = core.rows(
-            call.q, call.k, queries=rows, heads=maps, mask=call.mask, grid=call.grid
-        )
-    else:
-        built = call.q.new_zeros(len(call.q), 0, len(rows), keys)
     seen = core.influence(
         call.q, call.k, call.v, queries=rows, mask=call.mask, grid=call.grid
     )
@@ -328,14 +324,34 @@ def _build(
         per="head" if core.num_maps == core.geometry.num_heads else "feature",
         heads=maps,
         queries=rows,
-        maps=built.cpu(),
+        maps=_rows(call, maps, rows, whole=whole),
         influence=seen.cpu(),
         contributions=None if given is None else given.cpu(),
-        values=call.v.cpu(),
+        # A view would keep the queries and keys of its projection with it.
+        values=call.v.cpu().contiguous(),
         num_prefix_tokens=core.geometry.num_prefix_tokens,
         grid=grid,
         key_run=key_run(site),
     )
+
+
+def _rows(
+    call: Call, maps: Sequence[int], rows: Sequence[int], *, whole: bool
+) -> Float[Tensor, "B M Nq S"]:
+    """Build some rows of some maps, a few at a time where that is no detour."""
+
+    def build(part: Sequence[int]) -> Tensor:
+        built = call.core.rows(
+            call.q, call.k, queries=part, heads=maps, mask=call.mask, grid=call.grid
+        )
+        return built.cpu()
+
+    if not maps:
+        none = call.q.new_zeros(len(call.q), 0, len(rows), call.k.shape[1])
+        return none.cpu()
+    if whole:
+        return build(rows)
+    return in_parts(build, rows, row_bytes(call.q, call.k) * len(maps))
 
 
 def _with_maps(sites: Sequence[Site], blocks: Iterable[int] | None) -> tuple[int, ...]:

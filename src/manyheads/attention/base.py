@@ -13,7 +13,7 @@ oracle of the tests and the source of every picture.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,7 +25,18 @@ from manyheads.errors import ManyheadsError, MaskRefused, NotExportable
 from manyheads.geometry import Geometry, Grid
 from manyheads.specs import Spec
 
-__all__ = ["AttentionSpec", "CoreCost", "Mechanism", "apply_maps", "key_mask_of"]
+__all__ = [
+    "AttentionSpec",
+    "CoreCost",
+    "Mechanism",
+    "apply_maps",
+    "in_parts",
+    "key_mask_of",
+    "row_bytes",
+]
+
+_PART = 32 * 1024**2
+"""Bytes of rows of maps that are built at once, where several are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +183,20 @@ class Mechanism(nn.Module, ABC):
         """Weigh how much each token gives to some queries, all maps together.
 
         The mean over maps, where one map is as good as another.
+
+        Cost: O(Nr S) memory and rows of all maps of a few queries at a time, where the
+        mechanism has rows of its own.
         """
         every = range(self.num_maps)
-        rows = self.rows(q, k, queries=queries, heads=every, mask=mask, grid=grid)
-        return rows.mean(dim=1)
+
+        def mean(part: Sequence[int]) -> Tensor:
+            rows = self.rows(q, k, queries=part, heads=every, mask=mask, grid=grid)
+            return rows.mean(dim=1)
+
+        # Without rows of its own, every part would build all maps again.
+        if type(self).rows is Mechanism.rows:
+            return mean(queries)
+        return in_parts(mean, queries, row_bytes(q, k) * self.num_maps)
 
     def contributions(
         self,
@@ -189,6 +210,41 @@ class Mechanism(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Show the options beside the class name when a model is printed."""
         return repr(self.spec)
+
+
+def row_bytes(q: Float[Tensor, "B N Hq K"], k: Float[Tensor, "B S Hq K"]) -> int:
+    """Say how many bytes a row of one map takes, over all images.
+
+    At most: half types count as float32, in which some mechanisms build their maps.
+    """
+    widest = torch.promote_types(q.dtype, torch.float32)
+    return widest.itemsize * k.shape[0] * k.shape[1]
+
+
+def in_parts(
+    build: Callable[[Sequence[int]], Tensor], queries: Sequence[int], query_bytes: int
+) -> Tensor:
+    """Build rows for some queries, so few at a time that what passes stays small.
+
+    Args:
+        build: Gives [..., Nr, S] for Nr of the queries.
+        queries: All queries.
+        query_bytes: Bytes of what `build` makes for one query on its way.
+
+    Returns:
+        The rows of all queries, in memory once.
+    """
+    step = max(1, _PART // max(1, query_bytes))
+    rows = build(queries[:step])
+    if len(queries) <= step:
+        return rows
+    whole = rows.new_empty(*rows.shape[:-2], len(queries), rows.shape[-1])
+    whole[..., :step, :] = rows
+    for start in range(step, len(queries), step):
+        del rows  # or two parts would be there while the next one is built
+        rows = build(queries[start : start + step])
+        whole[..., start : start + step, :] = rows
+    return whole
 
 
 def apply_maps(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from manyheads.attention.base import in_parts, row_bytes
 from manyheads.attention.softmax import masked_softmax
 from manyheads.geometry import Grid
 
@@ -40,7 +41,7 @@ class Blend:
         pairing: The real head of each hallucinated one.
         over_queries: Factors over queries [hallucinated heads, terms, taps].
         over_keys: Factors over keys, of the same shape.
-        cross: Weights across hallucinated maps, or None.
+        cross: Weights across hallucinated maps, a row for each that is wanted, or None.
         prefix: Leading tokens that are blended with nothing.
         cells: Rows and columns over which to blend; None for the sequence.
     """
@@ -50,7 +51,7 @@ class Blend:
     pairing: tuple[int, ...]
     over_queries: Float[Tensor, "L T taps"]
     over_keys: Float[Tensor, "L T taps"]
-    cross: Float[Tensor, "L L"] | None
+    cross: Float[Tensor, "W L"] | None
     prefix: int
     cells: Grid | None
 
@@ -79,16 +80,33 @@ def hallucinated_rows(
     k: Float[Tensor, "B S Hq K"],
     kept: Bool[Tensor, "B S"] | None,
     blend: Blend,
+    *,
     queries: Sequence[int],
-) -> Float[Tensor, "B H Nr S"]:
-    """Build some rows of all maps, from these rows of the real maps and those beside.
+    heads: Sequence[int],
+) -> Float[Tensor, "B Mr Nr S"]:
+    """Build some rows of some maps, from these rows of the real maps and those beside.
 
     A kernel reaches over a few queries, so a row needs the rows under its taps:
 
         row[n] = sum_t sum_tap  over_queries[t, tap] (over_keys[t] * real[n + tap])
 
-    Cost: O(H Nr taps S) memory.
+    Cost: O(Mr Nr S) memory, and a few rows of the real heads that these maps are made
+    of; with a mix across heads, of all hallucinated ones too.
     """
+    real, blend, places = _narrowed(blend, q.shape[2], heads)
+    q, k = q[:, :, real], k[:, :, real]
+
+    def build(part: Sequence[int]) -> Tensor:
+        return _few_rows(q, k, kept, blend, part)[:, places]
+
+    passing = len(real) + len(blend.pairing)
+    return in_parts(build, queries, row_bytes(q, k) * passing)
+
+
+def _few_rows(
+    q: Tensor, k: Tensor, kept: Tensor | None, blend: Blend, queries: Sequence[int]
+) -> Tensor:
+    """Build some rows of all maps of a blend, all at once."""
     under, inside = _under_taps(queries, q.shape[1], blend)  # [Nr, taps]
     # torch leaves this method without types.
     needed, places = under.unique(return_inverse=True)  # type: ignore[no-untyped-call]
@@ -108,6 +126,33 @@ def hallucinated_rows(
             [source[:, :, own[alone], : blend.prefix], first], dim=3
         )
     return _joined(base[:, :, own], derived, kept, blend)
+
+
+def _narrowed(
+    blend: Blend, num_real: int, heads: Sequence[int]
+) -> tuple[list[int], Blend, list[int]]:
+    """Keep what some heads are made of.
+
+    Returns:
+        The real heads that are needed, the blend of the hallucinated ones from these,
+        and where each head then is: real ones first.
+    """
+    every = range(num_real + len(blend.pairing))
+    wanted = [every[head] for head in heads]
+    made = sorted({head - num_real for head in wanted if head >= num_real})
+    mixed = blend.cross is not None and bool(made)
+    derived = list(range(len(blend.pairing))) if mixed else made
+    partners = [blend.pairing[head] for head in derived]
+    real = sorted({head for head in wanted if head < num_real} | {*partners})
+    narrow = replace(
+        blend,
+        pairing=tuple(real.index(head) for head in partners),
+        over_queries=blend.over_queries[derived],
+        over_keys=blend.over_keys[derived],
+        cross=blend.cross[made] if blend.cross is not None and made else None,
+    )
+    there = [*real, *(num_real + head for head in made)]
+    return real, narrow, [there.index(head) for head in wanted]
 
 
 def _real(

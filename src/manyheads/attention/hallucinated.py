@@ -287,10 +287,10 @@ class HallucinatedAttention(Mechanism):
         mask: Bool[Tensor, "B S"] | Tensor | None = None,
         grid: Grid | None = None,
     ) -> Float[Tensor, "B Mr Nr S"]:
-        """Build some rows of some maps; O(H Nr taps S) memory."""
+        """Build some rows of some maps; O(Mr Nr taps S) memory without `cross_map`."""
         kept = key_mask_of(mask, k.shape[0], k.shape[1], "Hallucinated")
-        every = hallucinated_rows(q, k, kept, self._blend(q, grid), queries)
-        return every[:, list(heads)]
+        blend = self._blend(q, grid)
+        return hallucinated_rows(q, k, kept, blend, queries=queries, heads=heads)
 
     def _blend(self, q: Tensor, grid: Grid | None) -> Blend:
         """Say in the type of the queries how maps are blended."""

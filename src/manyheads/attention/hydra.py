@@ -19,7 +19,9 @@ from manyheads.attention.base import (
     AttentionSpec,
     CoreCost,
     Mechanism,
+    in_parts,
     key_mask_of,
+    row_bytes,
 )
 from manyheads.errors import InvalidOption, nearest
 from manyheads.geometry import Geometry, Grid
@@ -202,9 +204,14 @@ class HydraAttention(Mechanism):
         """
         kept = key_mask_of(mask, k.shape[0], k.shape[1], "Hydra")
         phi_q, phi_k = _features(q.flatten(2), k.flatten(2), self.spec.kernel, kept)
-        gate, given = phi_q[:, list(queries)], phi_k * _wide(v.flatten(2))
-        length = torch.einsum("bnd,bmd->bnm", gate.square(), given.square()).sqrt()
-        return _corrected(length, self.spec.reference_tokens, k.shape[1], kept)
+        gate = phi_q[:, list(queries)].square()
+        given = (phi_k * _wide(v.flatten(2))).square()
+
+        def lengths(part: Sequence[int]) -> Tensor:
+            length = torch.einsum("bnd,bmd->bnm", gate[:, list(part)], given).sqrt()
+            return _corrected(length, self.spec.reference_tokens, k.shape[1], kept)
+
+        return in_parts(lengths, range(len(queries)), row_bytes(q, k))
 
     def contributions(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,7 +20,7 @@ from manyheads.attention.base import (
     Mechanism,
     key_mask_of,
 )
-from manyheads.attention.landmarks import interactive_maps
+from manyheads.attention.landmarks import interactive_maps, thin_maps
 from manyheads.errors import GeometryMismatch, InvalidOption, nearest
 from manyheads.geometry import Geometry, Grid
 from manyheads.kernels.interactive import APART, Mixes, attend, find_landmarks
@@ -34,6 +34,16 @@ __all__ = [
 ]
 
 Mix = Literal["after", "before", "both", "none"]
+
+
+class _Sizes(TypedDict):
+    """Keywords of the slow forms."""
+
+    grid: Grid
+    landmarks: Grid
+    scale: float
+    mixes: Mixes
+    key_mask: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -206,7 +216,7 @@ class InteractiveAttention(Mechanism):
         grid: Grid | None = None,
     ) -> Float[Tensor, "B H N N"]:
         """Build ``A_Q A_K`` per head: O(H N^2) memory, for small N only."""
-        return self._maps(q, k, mask, grid)
+        return interactive_maps(q, k, **self._sizes(q, mask, grid))
 
     def rows(
         self,
@@ -219,29 +229,39 @@ class InteractiveAttention(Mechanism):
         grid: Grid | None = None,
     ) -> Float[Tensor, "B Mr Nr N"]:
         """Build some rows of some maps; O(H L N + Mr Nr N) memory."""
-        return self._maps(q, k, mask, grid, queries=queries, heads=heads)
+        sizes = self._sizes(q, mask, grid)
+        return interactive_maps(q, k, queries=queries, heads=heads, **sizes)
 
-    def _maps(
+    def influence(
         self,
-        q: Tensor,
-        k: Tensor,
-        mask: Tensor | None,
-        grid: Grid | None,
+        q: Float[Tensor, "B N H K"],
+        k: Float[Tensor, "B N H K"],
+        v: Float[Tensor, "B N H K"],
         *,
-        queries: Sequence[int] | None = None,
-        heads: Sequence[int] | None = None,
-    ) -> Tensor:
-        return interactive_maps(
-            q,
-            k,
-            grid=self._require_grid(grid, q.shape[1]),
-            landmarks=self.spec.landmarks,
-            scale=self.geometry.scale,
-            mixes=self.mixes,
-            key_mask=key_mask_of(mask, q.shape[0], q.shape[1], "Interactive"),
-            queries=queries,
-            heads=heads,
-        )
+        queries: Sequence[int],
+        mask: Bool[Tensor, "B N"] | Tensor | None = None,
+        grid: Grid | None = None,
+    ) -> Float[Tensor, "B Nr N"]:
+        """Take the mean over heads without a map of any: thin maps side by side.
+
+            mean_h A_Q[h] A_K[h] = [A_Q[1] .. A_Q[H]] / H  [A_K[1]; ..; A_K[H]]
+
+        Cost: O(H L N + Nr N) memory.
+        """
+        sizes = self._sizes(q, mask, grid)
+        over_marks, over_tokens = thin_maps(q, k, queries=queries, **sizes)
+        beside = over_marks.transpose(1, 2).flatten(2) / over_marks.shape[1]
+        return beside @ over_tokens.flatten(1, 2)  # [B, Nr, H L] [B, H L, N]
+
+    def _sizes(self, q: Tensor, mask: Tensor | None, grid: Grid | None) -> _Sizes:
+        """Say what both slow forms want to know besides queries and keys."""
+        return {
+            "grid": self._require_grid(grid, q.shape[1]),
+            "landmarks": self.spec.landmarks,
+            "scale": self.geometry.scale,
+            "mixes": self.mixes,
+            "key_mask": key_mask_of(mask, q.shape[0], q.shape[1], "Interactive"),
+        }
 
     def _require_grid(self, grid: Grid | None, num_tokens: int) -> Grid:
         """Check the grid against tokens and landmarks.

@@ -15,7 +15,7 @@ from torch import Tensor
 from manyheads.geometry import Grid
 from manyheads.kernels.interactive import APART, Mixes
 
-__all__ = ["interactive_maps"]
+__all__ = ["interactive_maps", "thin_maps"]
 
 
 def interactive_maps(
@@ -34,8 +34,7 @@ def interactive_maps(
 
         maps[h] = A_Q[h] A_K[h]      of rank L at most; rows sum to one without mixes
 
-    Landmarks are averaged cell by cell in a loop: independent of the fast form. A row
-    of a map needs its own row of A_Q and all of A_K.
+    A row of a map needs its own row of A_Q and all of A_K.
 
     Cost: O(Mr Nr N L) time, O(H L N + Mr Nr N) memory for Nr rows of Mr maps; all
     rows of all maps are O(H N^2), for tests and small pictures.
@@ -51,6 +50,40 @@ def interactive_maps(
         queries: Which rows; None for all.
         heads: Which maps; None for all.
     """
+    over_marks, over_tokens = thin_maps(
+        q,
+        k,
+        grid=grid,
+        landmarks=landmarks,
+        scale=scale,
+        mixes=mixes,
+        key_mask=key_mask,
+        queries=queries,
+    )
+    if heads is not None:
+        # Not before: mixing needs all heads.
+        over_marks, over_tokens = (
+            over_marks[:, list(heads)],
+            over_tokens[:, list(heads)],
+        )
+    return over_marks @ over_tokens
+
+
+def thin_maps(
+    q: Float[Tensor, "B N H K"],
+    k: Float[Tensor, "B N H K"],
+    *,
+    grid: Grid,
+    landmarks: Grid,
+    scale: float,
+    mixes: Mixes,
+    key_mask: Bool[Tensor, "B N"] | None,
+    queries: Sequence[int] | None = None,
+) -> tuple[Float[Tensor, "B H Nr L"], Float[Tensor, "B H L N"]]:
+    """Build both thin maps of every head, of some queries or of all.
+
+    Landmarks are averaged cell by cell in a loop: independent of the fast form.
+    """
     if key_mask is None:
         key_mask = q.new_ones(q.shape[:2], dtype=torch.bool)
     cells = _cells(grid, landmarks, num_tokens=q.shape[1])
@@ -64,14 +97,7 @@ def interactive_maps(
     before_queries, after_queries, before_keys, after_keys = mixes
     rows = q if queries is None else q[:, list(queries)]
     over_marks = _map(rows, k_marks, scale, before_queries, after_queries, marked)
-    over_tokens = _map(q_marks, k, scale, before_keys, after_keys, key_mask)
-    if heads is not None:
-        # Not before: mixing needs all heads.
-        over_marks, over_tokens = (
-            over_marks[:, list(heads)],
-            over_tokens[:, list(heads)],
-        )
-    return over_marks @ over_tokens
+    return over_marks, _map(q_marks, k, scale, before_keys, after_keys, key_mask)
 
 
 def _map(
