@@ -17,11 +17,13 @@ from manyheads import Hydra, Recipe, Swap, bench, convert, cost
 from manyheads.errors import InvalidOption, UnknownHost
 from manyheads.gauges.machine import conditions
 from manyheads.gauges.memory import (
+    Memory,
     give_back_freed,
     measure_memory,
     resident_bytes,
 )
 from manyheads.gauges.stopwatch import race, ratios, spread
+from manyheads.geometry import Geometry
 from tests.helpers import tiny_vit
 
 CPU = torch.device("cpu")
@@ -134,6 +136,21 @@ def test_memory_is_that_of_a_fresh_process() -> None:
     # The hidden layer of the blocks alone: 256 images, 17 tokens, 192 features.
     assert row.extra_mib > 256 * 17 * 192 * 4 / 2**20
     assert row.extra_mib < row.peak_mib
+
+
+def test_code_that_the_first_call_loads_is_no_memory_of_running() -> None:
+    """An operator's first call loads torch's compiler, 42 MiB, if timm has not."""
+    geometry = Geometry(
+        dim=8, num_heads=2, head_dim=4, num_prefix_tokens=0, grid=None, scale=0.5
+    )
+    core = Hydra().build(geometry)
+    found = measure_memory(core, torch.randn(3, 1, 9, 2, 4), _feed_packed)
+    assert isinstance(found, Memory), found
+    assert found.extra_mib < 25
+
+
+def _feed_packed(core: nn.Module, packed: torch.Tensor) -> None:
+    core(*packed)
 
 
 def test_memory_that_was_freed_is_given_back_before_running_is_measured() -> None:
