@@ -14,6 +14,9 @@ from manyheads.attention import AttentionSpec
 from manyheads.attention.base import Mechanism
 from manyheads.gauges.memory import Memory, measure_memory
 from manyheads.geometry import Geometry, Grid
+from manyheads.kernels.hallucinated import wide_attention
+from manyheads.kernels.hydra import hydra
+from manyheads.kernels.interactive import interactive
 from tests.allocations import allocations, saved_bytes
 
 HEADS, WIDTH = 8, 4
@@ -128,6 +131,66 @@ def test_the_slow_twin_would_be_caught(with_maps: bool) -> None:
     leaves = [x.requires_grad_() for x in inputs]
     kept = saved_bytes(lambda: form(*leaves, None, grid), leaves)
     assert (kept > WIDENED * _size(inputs)) == with_maps
+
+
+# What autograd keeps besides q, k and v, as a share of them.
+HYDRA = {
+    mh.Hydra(): 0.01,
+    mh.Hydra(kernel="mean"): 0.67,
+    mh.Hydra(kernel="mean", reference_tokens=None): 0.67,
+    mh.Hydra(kernel="aft"): 1.01,
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("spec", HYDRA, ids=repr)
+def test_hydra_keeps_a_summary_or_one_tensor_of_features(
+    spec: mh.Hydra, masked: bool
+) -> None:
+    inputs, grid = _tokens(spec, 64)
+    leaves = [x.requires_grad_() for x in inputs]
+    mask = torch.rand(1, inputs[0].shape[1]) > 0.3 if masked else None
+    kept = saved_bytes(partial(_module(spec, grid), *leaves, mask, grid), leaves)
+    assert kept <= HYDRA[spec] * _size(inputs)
+    with torch.no_grad():
+        held = allocations(partial(_module(spec, grid), *inputs, mask, grid)).peak
+    assert held <= 1.4 * _size(inputs)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize(
+    ("mix", "stacks"), [("none", 0), ("after", 4), ("before", 4), ("both", 6)]
+)
+def test_interactive_attention_keeps_thin_stacks_or_landmarks_alone(
+    mix: str, stacks: int, masked: bool
+) -> None:
+    spec = mh.Interactive(mix=mix)
+    inputs, grid = _tokens(spec, 64)
+    leaves = [x.requires_grad_() for x in inputs]
+    N = inputs[0].shape[1]
+    mask = torch.rand(1, N) > 0.3 if masked else None
+    kept = saved_bytes(partial(_module(spec, grid), *leaves, mask, grid), leaves)
+    # Without mixes a mask is what takes the plain form, whose stacks are then kept.
+    stacks += (2 if mix != "none" else 4) if masked else 0
+    stack = 4 * HEADS * 49 * N
+    assert kept <= 1.01 * stacks * stack + 0.5 * _size(inputs)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_the_operators_keep_their_inputs_and_sums_alone(masked: bool) -> None:
+    q, k, v = (torch.randn(2, 40, 3, 4, requires_grad=True) for _ in range(3))
+    marks = [torch.randn(2, 5, 3, 4, requires_grad=True) for _ in range(2)]
+    mixes = [torch.randn(3, 3, requires_grad=True) for _ in range(4)]
+    kept = torch.rand(2, 40) > 0.3 if masked else None
+    marked = torch.rand(2, 5) > 0.3 if masked else None
+    masks = [mask for mask in (kept, marked) if mask is not None]
+    call = partial(interactive, q, k, v, *marks, 0.5, *mixes, kept, marked)
+    assert saved_bytes(call, [q, k, v, *marks, *mixes, *masks]) == 0
+    call = partial(wide_attention, q, k, torch.cat([v, v], -1), kept, 0.5)
+    assert saved_bytes(call, [q, k, *masks]) == 2 * 4 * v.numel()
+    features = [x.flatten(2) for x in (q, k, v)]
+    call = partial(hydra, *features, kept)
+    assert saved_bytes(call, [*features, *masks]) == 4 * 2 * 12
 
 
 def _run_all(layers: nn.Module, x: Tensor) -> None:

@@ -74,6 +74,21 @@ def test_half_types_are_summed_in_float32(device: str, dtype: torch.dtype) -> No
     _compare(_qkv(device, 197, 197, dtype=dtype))
 
 
+def test_autocast_runs_it_in_the_type_it_was_asked_for(device: str) -> None:
+    inputs = [x.requires_grad_() for x in _qkv(device, 33, 33)]
+    dtype = torch.float16 if device == "cpu" else torch.bfloat16
+    with torch.autocast(device, dtype):
+        found = attend(*inputs, None, 0.25, form="triton")
+    assert found.dtype is dtype
+    assert_close(found, _twin(*inputs, None, 0.25).to(dtype))
+    for grad in torch.autograd.grad(found.float().sum(), inputs):
+        assert grad.dtype is torch.float32
+        assert grad.isfinite().all()
+    doubles = [x.detach().double() for x in inputs]
+    with torch.autocast(device, dtype):
+        assert attend(*doubles, None, 0.25, form="triton").dtype is torch.float64
+
+
 def test_masked_keys_have_no_weight_and_no_gradient(device: str) -> None:
     inputs = _qkv(device, 9, 70)
     mask = torch.rand(2, 70) > 0.5

@@ -111,7 +111,8 @@ def attend(
     Cost: O(N L H (K + H)) time. "calls" and "triton" hold no weights at all; backward
     of "triton" makes them again. "plain" holds one stack [B, H, L, N] without gradients
     (two while heads are mixed before the softmax), plus a portion; with gradients
-    autograd keeps four.
+    autograd keeps four, two more with a mask, and two more where heads are mixed both
+    before and after the softmax.
 
     Args:
         q: Queries.
@@ -307,6 +308,10 @@ def _flops(q: Any, k: Any, v: Any, q_marks: Any, *rest: Any, **_: Any) -> int:
 def _backward_flops(
     grad: Any, q: Any, k: Any, v: Any, q_marks: Any, *rest: Any, **_: Any
 ) -> int:
-    """The maps again, two products for each of the four, three for each mix."""
+    """Maps and summary again, two products for each of the four, three for each mix.
+
+    A mix before the softmax asks for the scores once more.
+    """
     products, mixes = _work(q, q_marks, rest[2:6])
-    return 2 * (products * 5 // 2 + 3 * mixes)
+    scores = sum(mix is not None for mix in (rest[2], rest[4]))
+    return 2 * (products // 4 * (3 + 8 + scores) + 3 * mixes)
