@@ -312,9 +312,9 @@ class HallucinatedAttention(Mechanism):
         real, derived = v[:, :, : self.num_real], v[:, :, self.num_real :]
         if kept is not None:
             derived = derived * kept[:, :, None, None]
-        # Across maps, every hallucinated map meets the values of all of them.
-        shared = derived.flatten(2)[:, :, None, None]
-        values = derived[:, :, :, None] if self.cross is None else shared
+        values = derived[:, :, :, None]
+        if self.cross is not None:  # Every hallucinated map meets the values of all.
+            values = derived.flatten(2)[:, :, None, None]
         lanes = blend_tokens(values, self.key_kernel.flip(-1), self._prefix, cells)
         mixed, lanes = self._mix(q, k, real, lanes, kept)
         if kept is not None and q.shape[1] == k.shape[1]:
