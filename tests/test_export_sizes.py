@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import manyheads as mh
 from manyheads.artifacts import open_artifact
@@ -92,7 +94,7 @@ def test_a_batch_that_was_frozen_is_found_at_the_native_size_alone(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("spec", [mh.Softmax(), mh.Hydra()], ids=repr)
+@pytest.mark.parametrize("spec", [mh.Hydra(), mh.Hallucinated()], ids=repr)
 def test_next_vit_runs_at_any_size_and_batch(
     spec: AttentionSpec, tmp_path: Path
 ) -> None:
@@ -103,6 +105,41 @@ def test_next_vit_runs_at_any_size_and_batch(
     for batch, size in ((1, (64, 64)), (1, (64, 160)), (3, (96, 64))):
         images = torch.randn(batch, 3, *size)
         assert_close(program(images), model(images).detach(), slack=10)
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operator gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = func(*args, **(kwargs or {}))
+        for x in given if isinstance(given, tuple | list) else [given]:
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.numel())
+        return given
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rank": "full"}, {"stage": "logits", "rank": 2}, {"cross_map": True}],
+    ids=str,
+)
+def test_the_program_of_hallucinated_attention_holds_no_map(
+    options: dict[str, Any],
+) -> None:
+    recipe = mh.Recipe(mh.Swap(attention=mh.Hallucinated(**options)))
+    model = mh.convert(tiny_vit(depth=1, img_size=256), recipe).eval()
+    images = torch.randn(1, 3, 256, 256)
+    with torch.no_grad():
+        program = torch.export.export(model, (images,), strict=False).module()
+        with _Largest() as seen:
+            found = program(images)
+        assert_close(found, model(images), slack=5)
+    tokens = 1 + (256 // 8) ** 2
+    assert 0 < seen.elements < tokens**2
 
 
 def _resampled(model: nn.Module, larger: nn.Module) -> dict[str, Tensor]:

@@ -302,7 +302,7 @@ def _write(
         2, card.image.channels, height, width, dtype=getattr(torch, card.dtype)
     )
     try:
-        write(trace(shipped, example, card.cell), fresh, card)
+        write(trace(shipped, example, card.cell, card.target), fresh, card)
     except (ManyheadsError, MemoryError, OSError):
         raise
     except Exception as error:

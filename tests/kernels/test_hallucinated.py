@@ -10,6 +10,7 @@ from manyheads.kernels.hallucinated import (
     choose_form,
     wide_attention,
 )
+from manyheads.kernels.tracing import tracing_for_onnx
 from tests.helpers import assert_close
 
 
@@ -46,3 +47,15 @@ def test_the_form_that_is_exported_blends_the_same(
     assert_close(blend_tokens(x, kernel, prefix, cells), expected)
     lanes = x.expand(-1, -1, -1, terms, -1)
     assert_close(blend_tokens(lanes, kernel, prefix, cells), expected)
+
+
+def test_exported_programs_pad_and_onnx_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    narrow, wide = torch.empty(1, 5, 2, 4), torch.empty(1, 5, 2, 8)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert choose_form(narrow, narrow) == "fused"
+    assert choose_form(narrow, wide) == choose_form(wide, narrow) == "padded"
+    with tracing_for_onnx():
+        assert choose_form(narrow, wide) == "fused"
+    assert choose_form(narrow, wide) == "padded"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, get_args, runtime_checkable
 
@@ -22,6 +22,7 @@ from manyheads.artifacts.files import CARD, INPUT, Card, Target, quiet, require
 from manyheads.errors import InvalidOption, nearest
 from manyheads.geometry import Grid
 from manyheads.hosts import Host
+from manyheads.kernels.tracing import tracing_for_onnx
 
 __all__ = ["Shipped", "fold", "problem", "target_for", "trace", "write"]
 
@@ -110,12 +111,15 @@ def fold(model: nn.Module) -> int:
     return folded
 
 
-def trace(shipped: Shipped, example: Tensor, cell: Grid | None) -> ExportedProgram:
+def trace(
+    shipped: Shipped, example: Tensor, cell: Grid | None, target: Target
+) -> ExportedProgram:
     """Trace with any batch size, and any image size of whole cells if there are any.
 
     Whatever the tracer raises comes through: its own words are the reason.
     """
-    with quiet(), torch.no_grad():
+    told = tracing_for_onnx() if target == "onnx" else nullcontext()
+    with quiet(), torch.no_grad(), told:
         return torch.export.export(
             shipped, (example,), dynamic_shapes=(_axes(cell),), strict=False
         )

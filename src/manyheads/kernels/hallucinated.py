@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import register_flop_formula
 
 from manyheads.kernels.registration import register_autocast
+from manyheads.kernels.tracing import fuses_attention
 from manyheads.kernels.two_widths import two_width_attention
 
 __all__ = [
@@ -138,21 +139,21 @@ def choose_form(q: Tensor, v: Tensor) -> Form:
     """Pick how to attend, by device, type and widths.
 
     - "fused", one call of torch's attention: equal widths anywhere; unequal ones on
-      CUDA in float32, where the memory-efficient kernel takes them, and in exported
-      programs, which must run where this package is not installed.
+      CUDA in float32, where the memory-efficient kernel takes them, and in ONNX.
     - "padded", queries and keys filled with zeros up to the values' width: half types
-      on CUDA, where only equal widths reach the flash kernel.
+      on CUDA, where only equal widths reach the flash kernel, and exported programs,
+      which have plain operators only and would build the map on CPU otherwise.
     - "chunked", plain matrix products over blocks of queries: everywhere else. On CPU
       it was the fastest of the three wherever it was measured.
     - "calls", one fused call per run of value features; "triton", our own kernel with
-      two widths, see `manyheads.kernels.triton_attention`; "flex", torch's compiled
-      FlexAttention: none is picked. They can be asked for by name and measured.
-      "triton" saves a quarter of the multiply-adds of "padded" where values are twice
-      as wide as queries, on kernels that are tuned less.
+      two widths, a quarter fewer multiply-adds than "padded" where values are twice as
+      wide, tuned less; "flex", torch's FlexAttention. Only by name, to be measured.
     """
     narrow, wide = q.shape[-1], v.shape[-1]
-    if narrow == wide or torch.compiler.is_exporting():
+    if narrow == wide:
         return "fused"
+    if torch.compiler.is_exporting():
+        return "padded" if fuses_attention() else "fused"
     if q.device.type == "cuda":
         half = q.dtype in (torch.float16, torch.bfloat16)
         return "padded" if half and max(narrow, wide) <= _FLASH_WIDTH else "fused"
