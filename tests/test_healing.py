@@ -34,6 +34,9 @@ SWAPS = {
 # The two stages that train; tests/test_refit.py looks at what comes before them.
 QUICK = {
     "refit_images": 0,
+    "block_learning_rate": 1e-3,
+    "learning_rate": 1e-3,
+    "warmup_epochs": 0.5,
     "block_epochs": 3,
     "logit_epochs": 3,
     "batch_size": 16,

@@ -38,6 +38,9 @@ NEW = {
 NEW["one"] = (*NEW["hallucinated"], *NEW["compact"])
 QUICK: dict[str, Any] = {
     "refit_images": 0,
+    "block_learning_rate": 1e-3,
+    "learning_rate": 1e-3,
+    "warmup_epochs": 0.5,
     "block_epochs": 2,
     "logit_epochs": 2,
     "batch_size": 16,

@@ -200,6 +200,7 @@ def test_calibration_is_healing_without_epochs() -> None:
 def test_before_training_only_what_was_swapped_is_solved_for(name: str) -> None:
     student, teacher = pair(SWAPS[name])
     short = {"block_epochs": 0, "logit_epochs": 1, "batch_size": 48, "progress": False}
+    short |= {"refit_images": 96}
     healed = heal(student, teacher, noise(), **short)
     found = {one.path.split(".", 2)[2] for one in healed.refits}
     assert found == {"attn.proj"} | ({"mlp.fc2"} if name == "both" else set())

@@ -78,6 +78,8 @@ class Case:
             each with an equal share of the work; empty for all at once.
         size: Height and width of the pictures that it is measured on, where healed
             models meet larger ones than they were trained on; the teacher does too.
+        share: Most of the teacher's training work that healing may use, where it is
+            another than the setting's.
         target: Points of top-1 that it may lie below the teacher; None for no target.
     """
 
@@ -90,6 +92,7 @@ class Case:
     heal: tuple[tuple[str, Any], ...] = field(default=())
     order: tuple[tuple[int, ...], ...] = ()
     size: int = 32
+    share: float | None = None
     target: float | None = None
 
     @property
@@ -105,7 +108,7 @@ class Case:
         return replace(self, treatment="healed", variant="").name
 
     def to_json(self) -> dict[str, Any]:
-        """Give everything as JSON values; order and size where they are not usual."""
+        """Give everything as JSON values; what is not usual where it is not."""
         described: dict[str, Any] = {
             "name": self.name,
             "setting": asdict(self.setting) | {"model": dict(self.setting.model)},
@@ -118,6 +121,8 @@ class Case:
         }
         if self.order:
             described["order"] = [list(group) for group in self.order]
+        if self.share is not None:
+            described["share"] = self.share
         if self.size != 32:
             described["size"] = self.size
         return described
@@ -224,6 +229,8 @@ ORDERS = {
     "last_blocks_first": ((4, 5), (2, 3), (0, 1)),
     "first_blocks_first": ((0, 1), (2, 3), (4, 5)),
 }
+# How a gap closes with work, beyond the tenth that the targets allow.
+LONGER = {"twice_the_work": 0.2, "four_times_the_work": 0.4}
 STUDIED = ("hydra_all", "hallucinated_compact", "interactive_after")
 
 
@@ -256,6 +263,19 @@ def _ways(setting: Setting, models: tuple[str, ...]) -> tuple[Case, ...]:
         for way, order in ORDERS.items()
         for model in models
     ]
+    longer = [
+        Case(
+            model=model,
+            treatment="healed",
+            recipe=MODELS[model][0],
+            variant=name,
+            heal=tuple(BASE.items()),
+            share=share,
+            **common,
+        )
+        for name, share in LONGER.items()
+        for model in models
+    ]
     # The healed weights as they are, in a layer that divides by the count of tokens.
     corrections = {"off": Hydra(), "on": Hydra(reference_tokens=65)}
     larger = [
@@ -269,7 +289,7 @@ def _ways(setting: Setting, models: tuple[str, ...]) -> tuple[Case, ...]:
         )
         for name, spec in corrections.items()
     ]
-    return (*together, *in_turn, *larger)
+    return (*together, *in_turn, *longer, *larger)
 
 
 # In the order of running: the models with targets of their own first.

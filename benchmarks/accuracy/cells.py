@@ -171,7 +171,8 @@ class Cell:
         """Heal with this share of all the work that healing may do."""
         setting, told = self.case.setting, dict(self.case.heal)
         options = _defaults(heal) | told
-        most = setting.healing_share * training_work(teacher, _images(setting))
+        allowed = self.case.share or setting.healing_share
+        most = allowed * training_work(teacher, _images(setting))
         passes = options["block_epochs"] + options["logit_epochs"]
         looked_at = REFIT_PASSES * options["refit_images"]
         count = images_within(student, teacher, share * most, passes, looked_at)

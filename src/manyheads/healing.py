@@ -27,6 +27,7 @@ from manyheads.errors import InvalidOption
 from manyheads.loop import Run
 from manyheads.loop.stages import RunOptions, Stage, StageRecord, require_positive
 from manyheads.loop.weights import fingerprint, keeping_modes
+from manyheads.pacing import paced, trains, warmup_of
 from manyheads.pairing import Pair
 from manyheads.refit import Refit, refit_on
 
@@ -119,15 +120,15 @@ def heal(
     teacher: nn.Module,
     images: Images,
     *,
-    refit_images: int = 512,
+    refit_images: int | None = None,
     refit_unswapped: bool | None = None,
     block_epochs: int = 2,
     logit_epochs: int = 13,
     batch_size: int = 64,
-    block_learning_rate: float | int = 1e-3,
-    learning_rate: float | int = 1e-3,
+    block_learning_rate: float | int | None = None,
+    learning_rate: float | int | None = None,
     weight_decay: float | int = 0.0,
-    warmup_epochs: float | int = 0.5,
+    warmup_epochs: float | int | None = None,
     temperature: float | int = 1.0,
     feature_weight: float | int = 0.0,
     inherited_rate_factor: float | int = 1.0,
@@ -158,14 +159,14 @@ def heal(
     stochastic depth rest in both, because the target is fixed. The teacher is read
     only.
 
-    Before the first stage the last matrices of the converted layers are solved for by
-    least squares, on `refit_images` images; see `manyheads.refit`. Without any epochs
-    that is all that happens: calibration, for people who do not train.
+    Without any epochs the last matrices of the converted layers are solved for by least
+    squares instead, on `refit_images` images; see `manyheads.refit`. That is
+    calibration, for people who do not train. Before training it brought nothing where
+    it was measured, and is done only if asked for.
 
-    The papers do not fix any of this. The defaults are provisional: they come from
-    trials on handwritten digits that nobody recorded. What is recorded, of these and of
-    other ways, is in `docs/accuracy.md`, by `benchmarks/accuracy`. A large pretrained
-    model may want a lower rate. Processes share a run, and a run goes on after an
+    The papers do not fix any of this. The defaults are what brought most back in the
+    study of `docs/accuracy.md`, where other ways stand beside them; see
+    `manyheads.pacing` for the rates. Processes share a run, and a run goes on after an
     interruption, as in `train`.
 
     Cost: a step of stage one is the teacher's forward pass and forward and backward
@@ -180,17 +181,20 @@ def heal(
         teacher: What it was made from; untouched.
         images: A folder of pictures, a dataset, or preprocessed tensors; labels are
             not looked at.
-        refit_images: Images on which last matrices are solved for, fewer where they
-            are larger than 224 x 224; 0 leaves it out.
+        refit_images: Images on which last matrices are solved for first, fewer where
+            they are larger than 224 x 224; 0 leaves it out. None for 512 where no
+            training follows, else 0.
         refit_unswapped: Whether those of feed-forward layers are solved for behind
             swapped attention too; None for only where no training follows.
         block_epochs: Passes over the images in stage one; 0 leaves it out.
         logit_epochs: Passes over the images in stage two; 0 leaves it out.
         batch_size: Images per step.
-        block_learning_rate: Highest rate of stage one.
-        learning_rate: Highest rate of stage two.
+        block_learning_rate: Highest rate of stage one; None for 0.128 over the width
+            of the widest block.
+        learning_rate: Highest rate of stage two; None for the same.
         weight_decay: Of both stages.
-        warmup_epochs: Epochs in which the rate of a stage rises.
+        warmup_epochs: Epochs in which the rate of a stage rises; None for a twentieth
+            of it.
         temperature: Flattens both models' scores before they are compared.
         feature_weight: Weight of the last block's outputs in stage two.
         inherited_rate_factor: Factor of both rates for parameters that the teacher has
@@ -238,10 +242,9 @@ def heal(
         log_every=log_every,
         tensorboard=tensorboard,
     )
-    alone = not (block_epochs or logit_epochs)
     config: dict[str, Any] = {
         "refit_images": refit_images,
-        "refit_unswapped": alone if refit_unswapped is None else refit_unswapped,
+        "refit_unswapped": refit_unswapped,
         "block_epochs": block_epochs,
         "logit_epochs": logit_epochs,
         "block_learning_rate": block_learning_rate,
@@ -254,6 +257,7 @@ def heal(
     }
     _require_sound(config, inherited_rate_factor, ema_decay)
     pair = Pair(student, teacher, temperature, feature_weight)
+    config = paced(config, pair.student_sites)
     factors = pair.rate_factors(inherited_rate_factor)
     limit = max_unreadable
     source = image_source(student, images, labelled=False, max_unreadable=limit)
@@ -300,7 +304,7 @@ def _perform(
             source,
             config["refit_images"],
             unswapped=config["refit_unswapped"],
-            alone=not _trains(config),
+            alone=not trains(config),
         )
         run.notes["refits"] = [asdict(one) for one in found]
     for stage in _stages(pair, config, factors):
@@ -316,7 +320,6 @@ def _stages(
 ) -> tuple[Stage, Stage]:
     common: dict[str, Any] = {
         "weight_decay": config["weight_decay"],
-        "warmup_epochs": config["warmup_epochs"],
         "augment": config["augment"],
         "rate_factors": factors,
         "resize": pair.take_sizes,
@@ -324,6 +327,7 @@ def _stages(
     blocks = Stage(
         name="blocks",
         epochs=config["block_epochs"],
+        warmup_epochs=warmup_of(config, config["block_epochs"]),
         learning_rate=config["block_learning_rate"],
         trains=pair.differing,
         loss=pair.block_losses,
@@ -334,6 +338,7 @@ def _stages(
     logits = Stage(
         name="logits",
         epochs=config["logit_epochs"],
+        warmup_epochs=warmup_of(config, config["logit_epochs"]),
         learning_rate=config["learning_rate"],
         trains=("",),
         loss=pair.logit_losses,
@@ -372,28 +377,13 @@ def _both(
     return None if earlier is None or later is None else (earlier, later)
 
 
-def _trains(config: dict[str, Any]) -> bool:
-    return bool(config["block_epochs"] or config["logit_epochs"])
-
-
 def _require_sound(
     config: dict[str, Any], factor: float | int, ema_decay: float | int | None
 ) -> None:
     require_positive("inherited_rate_factor", factor, zero=True)
-    if ema_decay is not None and not _trains(config):
+    if ema_decay is not None and not trains(config):
         raise InvalidOption(
             asked=f"ema_decay={ema_decay}, block_epochs=0, logit_epochs=0",
             found="without epochs there are no weights to average",
             fix="Leave ema_decay out.",
         )
-    if not (config["refit_images"] or _trains(config)):
-        raise InvalidOption(
-            asked="refit_images=0, block_epochs=0, logit_epochs=0",
-            found="then there is nothing to do",
-            fix="Leave one of them out for the default.",
-        )
-    for name in ("block_learning_rate", "learning_rate", "temperature"):
-        require_positive(name, config[name])
-    names = ("refit_images", "block_epochs", "logit_epochs", "weight_decay")
-    for name in (*names, "warmup_epochs", "feature_weight"):
-        require_positive(name, config[name], zero=True)
