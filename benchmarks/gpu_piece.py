@@ -15,24 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks import run
-from benchmarks.cases.gpu import BOTH, FORWARD, GPU_PIECES, GPU_SMOKE, WIDE_FORMS
-from benchmarks.kinds import COPY, Case, CoreCase, as_json, kind_of
+from benchmarks.cases.gpu import BOTH, FORWARD, GPU_PIECES, GPU_SMOKE
+from benchmarks.kinds import COPY, Case, CoreCase, WideCase, as_json, kind_of
 from benchmarks.measure.racing import Call, Laps, Race, Row, in_ms, plain
+from benchmarks.measure.wide import wide_rows
 from benchmarks.records import FORMAT, RESULTS, VERSION, write_record
 from benchmarks.render import render
 from benchmarks.targets import judge
 from manyheads.gauges.machine import conditions
 from manyheads.gauges.stopwatch import ratios
-from manyheads.kernels.hallucinated import Form, attend
 from manyheads.kernels.hydra import hydra
 
 _REPLAYS = 4
 _COPY_BOTH = "copy of as many bytes as forward and backward"
-_SOFTMAX = "softmax, all heads"
-_ON_CPU: tuple[Form, ...] = ("chunked", "padded", "calls")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,11 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = ["--case", options.name, "--device", options.device]
         words += ["--out", options.out] if options.out else []
         return run.main(words, cases=[piece.case])
-    rows_of = hydra_rows if piece.how == "hydra" else wide_rows
     case = piece.case
-    if not isinstance(case, CoreCase):
+    if isinstance(case, WideCase):
+        rows = _wide_rows(case, device)
+    elif isinstance(case, CoreCase):
+        rows = hydra_rows(case, device)
+    else:
         raise TypeError(f"{options.name} is no case of a mechanism's core")
-    record = _record(case, rows_of(case, device), device)
+    record = _record(case, rows, device)
     path = write_record(record, Path(options.out or RESULTS))
     print(render([record]))
     for verdict in judge(record, case.targets, {}):
@@ -99,34 +99,15 @@ def hydra_rows(case: CoreCase, device: torch.device) -> list[Row]:
     return rows
 
 
-def wide_rows(case: CoreCase, device: torch.device) -> list[Row]:
-    """Time every way to mix values of width 2K with half of the heads, forward.
-
-    Beside fused softmax with all heads: what hallucinated attention takes the place of.
-    """
-    race = Race(case, device, len(case.num_tokens), _watch)
-    rows = []
-    for N in case.num_tokens:
-        H, K = case.num_heads, case.dim // case.num_heads
-        dtype = getattr(torch, case.dtype)
-
-        def fresh(heads: int, width: int, N: int = N, dtype: Any = dtype) -> Tensor:
-            shape = (case.batch_size, N, heads, width)
-            return torch.randn(shape, device=device, dtype=dtype)
-
-        q, k, v = (fresh(H, K).transpose(1, 2) for _ in range(3))
-        half = fresh(H // 2, K), fresh(H // 2, K), fresh(H // 2, 2 * K)
-        forms = WIDE_FORMS if device.type == "cuda" else _ON_CPU
-        calls: dict[str, Call] = {_SOFTMAX: _softmax_of(q, k, v)}
-        calls |= {form: _wide_of(*half, form) for form in forms}
-        with torch.inference_mode():
-            laps = race.run(f"N = {N:,}", _captured(calls, device))
-        rows += [
-            _row(case, N, name, laps, device)
-            | {"to_softmax": plain(ratios(laps[name], laps[_SOFTMAX]))}
-            for name in laps
-        ]
-    return rows
+def _wide_rows(case: WideCase, device: torch.device) -> list[Row]:
+    """Time every way to mix values of width 2K with half of the heads, forward."""
+    return wide_rows(
+        case,
+        device,
+        _watch,
+        prepare=lambda calls: _captured(calls, device),
+        repeats=_repeats(device),
+    )
 
 
 def _copy_of(count: int, like: Tensor) -> Call:
@@ -142,14 +123,6 @@ def _forward_of(leaves: Sequence[Tensor]) -> Call:
 def _both_of(projected: Sequence[Tensor], grad: Tensor) -> Call:
     q, k, v = (x.detach().requires_grad_() for x in projected)
     return lambda: torch.autograd.grad(hydra(q, k, v, None), (q, k, v), grad)
-
-
-def _softmax_of(q: Tensor, k: Tensor, v: Tensor) -> Call:
-    return lambda: F.scaled_dot_product_attention(q, k, v)
-
-
-def _wide_of(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Call:
-    return lambda: attend(q, k, v, None, q.shape[-1] ** -0.5, form=form)
 
 
 def _captured(calls: dict[str, Call], device: torch.device) -> dict[str, Call]:
@@ -188,7 +161,7 @@ def _graph_of(call: Call) -> Call:
 
 
 def _row(case: CoreCase, N: int, name: str, laps: Laps, device: torch.device) -> Row:
-    repeats = _REPLAYS if device.type == "cuda" else 1
+    repeats = _repeats(device)
     return {
         "form": name,
         "num_tokens": N,
@@ -200,6 +173,10 @@ def _row(case: CoreCase, N: int, name: str, laps: Laps, device: torch.device) ->
         "softmax_rounds": 0,
         "page_faults": 0,
     }
+
+
+def _repeats(device: torch.device) -> int:
+    return _REPLAYS if device.type == "cuda" else 1
 
 
 def _record(case: Case, rows: list[Row], device: torch.device) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 kind     what is timed
 =======  =================================================================
 core     mechanisms on projected tokens, beside a plain copy and a matmul
+wide     every way to mix values wider than queries, beside fused softmax
 layer    an attention layer or a whole block of a timm model
 model    whole timm models, with parameters, FLOPs and peak memory
 scaling  one model from small to very large images, each in its own process
@@ -20,6 +21,7 @@ from typing import Literal
 from benchmarks.targets import Target
 from manyheads import Recipe
 from manyheads.attention import AttentionSpec
+from manyheads.kernels.hallucinated import Form
 
 __all__ = [
     "COPY",
@@ -31,6 +33,7 @@ __all__ = [
     "LayerCase",
     "ModelCase",
     "ScalingCase",
+    "WideCase",
     "as_json",
     "kind_of",
 ]
@@ -99,6 +102,28 @@ class CoreCase(Case):
     prefix: int = 0
     batch_size: int = 1
     working_set_mib: int = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class WideCase(Case):
+    """Hallucinated attention's forms between the projections, forward, in inference.
+
+    Half of the heads are real and mix values twice as wide as their queries; fused
+    softmax with all heads, whose place they take, is the base.
+
+    Attributes:
+        forms: Ways of `manyheads.kernels.hallucinated.attend`.
+        dim: Width ``D`` of the mixed tokens.
+        num_heads: Heads ``H``, an even number.
+        sizes: Token counts and batch sizes.
+        memory: Token counts at which peak memory is measured, at batch 1.
+    """
+
+    forms: tuple[Form, ...]
+    dim: int
+    num_heads: int
+    sizes: tuple[tuple[int, int], ...]
+    memory: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

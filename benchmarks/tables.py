@@ -111,6 +111,7 @@ TABLES: dict[str, Table] = {
     "models": of_cases("hydra_deit_"),
     "peers": of_cases("peers_"),
     "scaling": of_cases("scaling_"),
+    "wide": of_cases("wide_values_"),
     "targets": Table(select=_with_targets, render=render_all_targets),
 }
 _BLOCK = re.compile(

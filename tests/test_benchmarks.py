@@ -17,11 +17,13 @@ import pytest
 import torch
 from benchmarks import run
 from benchmarks.cases import CASES, SMOKE
-from benchmarks.kinds import COPY, GIVEN, Case, CoreCase, LayerCase
+from benchmarks.kinds import COPY, GIVEN, Case, CoreCase, LayerCase, WideCase
 from benchmarks.measure import fit, growth, measure
+from benchmarks.measure.wide import SOFTMAX, WHOLE, mixed_wide
 from benchmarks.peers import LAYERS, TextbookHydra, make_layer
 from benchmarks.records import is_again, read_records, write_record
 from benchmarks.render import RENDERERS, render
+from torch.nn import functional as F
 
 from manyheads.attention.hydra import hydra_attention
 from tests.benchmark_records import core_record
@@ -47,7 +49,8 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_smoke_run_records_one_case_of_each_kind(smoke: Path) -> None:
     records = {record["kind"]: record for record in read_records(smoke)}
-    assert set(records) == {"core", "layer", "model", "scaling"} == _kinds_of_cases()
+    kinds = {"core", "layer", "model", "scaling", "wide"}
+    assert set(records) == kinds == _kinds_of_cases()
     for record in records.values():
         assert record["conditions"]["weights"] == "random"
         assert record["conditions"]["threads"] == 1
@@ -270,6 +273,35 @@ def test_the_promise_is_saved_time_over_saved_flops() -> None:
     saved = 1 - hydra["flops"] / softmax["flops"]
     kept = (1 - hydra["to_softmax"]["median"]) / saved
     assert hydra["promise_kept"] == pytest.approx(kept)
+
+
+def test_the_ways_to_mix_wide_values_are_timed_and_the_picked_ones_named() -> None:
+    case = next(c for c in CASES if c.name == "wide_values_d768")
+    assert isinstance(case, WideCase)
+    assert {N for N, B in case.sizes if B == 1} == {197, 577, 2048, 8160}
+    assert {B for _, B in case.sizes} == {1, 8}
+    small = replace(case, dim=48, num_heads=4, sizes=((17, 2),), rounds=2, memory=())
+    rows = {row["form"]: row for row in measure(small, torch.device("cpu"))}
+    assert set(rows) == {SOFTMAX, "chunked", "padded", "calls", WHOLE}
+    serves = {form: row["serves"] for form, row in rows.items() if row["serves"]}
+    assert serves == {"chunked": "gradients, masks, cross_map", WHOLE: "inference"}
+    pairs = 17 * 17 * 12
+    assert rows[SOFTMAX]["flops"] == rows["padded"]["flops"] == 8 * pairs
+    assert rows["chunked"]["flops"] == rows[WHOLE]["flops"] == 6 * pairs
+    assert rows["chunked"]["promise_kept"] is not None
+    assert rows["padded"]["promise_kept"] is None
+
+
+def test_all_ways_to_mix_wide_values_do_the_same_work() -> None:
+    packed = torch.randn(3, 2, 9, 4, 12, dtype=torch.float64)
+    q, k, v = packed
+    one = mixed_wide("chunked", packed)
+    for form in ("padded", "calls"):
+        torch.testing.assert_close(mixed_wide(form, packed), one)
+    # Two values for each real head, one of them where another head's would be.
+    halves = [x[:, :, :2].transpose(1, 2) for x in (q, k)]
+    by_torch = F.scaled_dot_product_attention(*halves, v[:, :, ::2].transpose(1, 2))
+    torch.testing.assert_close(one[..., :12], by_torch.transpose(1, 2))
 
 
 @pytest.mark.slow

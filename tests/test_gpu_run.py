@@ -9,9 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from benchmarks import gpu
 from benchmarks.cases.gpu import GPU_PIECES, GPU_SMOKE
 from benchmarks.gpu import Gate, obstacle
+from benchmarks.kinds import LayerCase, ModelCase
+from benchmarks.measure import measure
 from benchmarks.records import read_records
 from benchmarks.render import render
 
@@ -118,3 +122,40 @@ def test_pieces_have_gates_that_exist_and_fit_their_limits() -> None:
             assert (ROOT / "tests" / "kernels" / f"{name}.py").is_file()
     names = [piece.case.name for piece in PIECES]
     assert len(set(names)) == len(names)
+
+
+def test_hallucinated_models_and_layers_are_pieces_in_bfloat16() -> None:
+    cases = {piece.case.name: piece.case for piece in GPU_PIECES}
+    for size in ("base", "small"):
+        for name in (f"gpu_hallucinated_deit_{size}{c}" for c in ("", "_compiled")):
+            case = cases[name]
+            assert isinstance(case, ModelCase)
+            assert case.dtype == "bfloat16"
+            assert case.architecture == f"deit_{size}_patch16_224"
+            labels = [entry.label for entry in case.entries]
+            assert labels[0] == "softmax"
+            assert labels[-1] == "hallucinated + compact at D/2"
+    layer = cases["gpu_hallucinated_attention_d768"]
+    assert isinstance(layer, LayerCase)
+    assert (layer.part, layer.dtype) == ("attention", "bfloat16")
+    # timm's own layer, whose softmax torch fuses, is the base.
+    assert layer.entries[0].recipe is None
+    assert timm.layers.use_fused_attn()
+
+
+@pytest.mark.slow
+def test_the_entries_of_those_pieces_run_in_bfloat16() -> None:
+    cases = {piece.case.name: piece.case for piece in GPU_PIECES}
+    model, layer = (
+        cases[f"gpu_hallucinated_{name}"] for name in ("deit_small", "attention_d768")
+    )
+    assert isinstance(model, ModelCase)
+    assert isinstance(layer, LayerCase)
+    tiny = {"architecture": "deit_tiny_patch16_224", "rounds": 1, "budget_s": 0.0}
+    small = replace(model, **tiny, inputs=((32, 32, 1),))
+    rows = measure(small, torch.device("cpu"))
+    assert [row["name"] for row in rows] == [entry.label for entry in model.entries]
+    assert rows[-1]["flops"] < rows[1]["flops"] < rows[0]["flops"]
+    one = replace(layer, **tiny, grids=((2, 2),), batch_sizes=(1,))
+    rows = measure(one, torch.device("cpu"))
+    assert [row["form"] for row in rows] == [entry.label for entry in layer.entries]

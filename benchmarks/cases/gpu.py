@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from benchmarks.kinds import Case, CoreCase, Entry, LayerCase, ModelCase
+from benchmarks.kinds import Case, CoreCase, Entry, LayerCase, ModelCase, WideCase
 from benchmarks.targets import Target
-from manyheads import Hallucinated, Hydra, Interactive, Recipe, Swap
+from manyheads import Compact, Hallucinated, Hydra, Interactive, Recipe, Swap
 from manyheads.kernels.hallucinated import Form
 
 __all__ = [
@@ -61,6 +61,21 @@ _SWAPPED = tuple(
     Entry(label=repr(spec), recipe=Recipe(Swap(attention=spec))) for spec in _SPECS
 )
 
+_HALLUCINATED = tuple(
+    Entry(label=label, recipe=Recipe(Swap(attention=spec)))
+    for label, spec in (
+        ("hallucinated, probabilities", Hallucinated()),
+        ("hallucinated, logits", Hallucinated(stage="logits")),
+    )
+)
+_COMPACT = (
+    Entry(label="compact at D/2", recipe=Recipe(Swap(ffn=Compact()))),
+    Entry(
+        label="hallucinated + compact at D/2",
+        recipe=Recipe(Swap(attention=Hallucinated(), ffn=Compact())),
+    ),
+)
+
 # Blocks of these have fewer FLOPs than fused softmax from 197 tokens up.
 _FEWER_FLOPS_LESS_TIME = Target(
     name="block_speedup",
@@ -101,6 +116,53 @@ def _blocks(
         compiled=compiled,
         budget_s=20.0,
         targets=(_FEWER_FLOPS_LESS_TIME,),
+    )
+
+
+def _wide(
+    name: str, forms: tuple[Form, ...], sizes: tuple[tuple[int, int], ...], **more: Any
+) -> WideCase:
+    fields: dict[str, Any] = {
+        "name": name,
+        "gate": (),
+        "forms": forms,
+        "dim": 768,
+        "num_heads": 12,
+        "sizes": sizes,
+        "dtype": "bfloat16",
+        "budget_s": 40.0,
+    }
+    return WideCase(**(fields | more))
+
+
+def _attention(name: str, grids: tuple[tuple[int, int], ...]) -> LayerCase:
+    """Hallucinated attention layers beside timm's, whose softmax is fused."""
+    return LayerCase(
+        name=name,
+        gate=(),
+        architecture="deit_base_patch16_224",
+        entries=(_BASE, *_HALLUCINATED),
+        part="attention",
+        grids=grids,
+        batch_sizes=(1, 64),
+        dtype="bfloat16",
+        budget_s=20.0,
+    )
+
+
+def _hallucinated_deit(name: str, architecture: str, *, compiled: bool) -> ModelCase:
+    """Both halves of one paper in every block, each alone and together."""
+    return ModelCase(
+        name=name,
+        gate=(),
+        architecture=architecture,
+        entries=(_BASE, _HALLUCINATED[0], *_COMPACT),
+        # Compiling takes longer than all else, once for each entry and size.
+        inputs=((224, 224, 128),) if compiled else ((224, 224, 128), (384, 384, 64)),
+        dtype="bfloat16",
+        compiled=compiled,
+        memory=False,
+        budget_s=20.0,
     )
 
 
@@ -159,10 +221,34 @@ GPU_PIECES: tuple[Piece, ...] = (
         gate=_MODEL_GATE,
     ),
     Piece(
-        case=_core("gpu_wide_values_d768", (197, 1024, 4096, 8160), 8, specs=()),
+        case=_wide(
+            "gpu_wide_values_d768",
+            WIDE_FORMS,
+            tuple((N, 8) for N in (197, 1024, 4096, 8160)),
+        ),
         how="wide",
         limit_s=100,
         gate=("test_triton_attention", "test_gpu"),
+    ),
+    Piece(
+        case=_attention("gpu_hallucinated_attention_d768", ((14, 14), (24, 24))),
+        how="cases",
+        limit_s=60,
+        gate=("test_gpu",),
+    ),
+    *(
+        Piece(
+            case=_hallucinated_deit(
+                f"gpu_hallucinated_deit_{size}{'_compiled' if compiled else ''}",
+                f"deit_{size}_patch16_224",
+                compiled=compiled,
+            ),
+            how="cases",
+            limit_s=120 if compiled else 60,
+            gate=("test_gpu",),
+        )
+        for compiled in (False, True)
+        for size in ("base", "small")
     ),
     Piece(
         case=_deit("gpu_deit_base_memory", compiled=False),
@@ -180,7 +266,13 @@ GPU_PIECES: tuple[Piece, ...] = (
 
 GPU_CASES: tuple[Case, ...] = tuple(piece.case for piece in GPU_PIECES)
 
-_QUICK = {"dim": 48, "num_heads": 4, "rounds": 2, "budget_s": 1.0, "dtype": "float32"}
+_QUICK: dict[str, Any] = {
+    "dim": 48,
+    "num_heads": 4,
+    "rounds": 2,
+    "budget_s": 1.0,
+    "dtype": "float32",
+}
 
 # The same way through the program where nothing is fast: no number means anything.
 GPU_SMOKE: tuple[Piece, ...] = (
@@ -191,7 +283,9 @@ GPU_SMOKE: tuple[Piece, ...] = (
         gate=_HYDRA_GATE,
     ),
     Piece(
-        case=_core("gpu_smoke_wide", (17,), 1, specs=(), **_QUICK),
+        case=_wide(
+            "gpu_smoke_wide", ("chunked", "padded", "calls"), ((17, 1),), **_QUICK
+        ),
         how="wide",
         limit_s=60,
         gate=("test_gpu",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from benchmarks.kinds import Case, CoreCase, Entry, LayerCase, ModelCase
+from benchmarks.kinds import Case, CoreCase, Entry, LayerCase, ModelCase, WideCase
 from benchmarks.targets import Target
 from manyheads import Compact, Hallucinated, Recipe, Swap
 
@@ -152,7 +152,26 @@ def _model(dim: _Width, *, compiled: bool) -> ModelCase:
     )
 
 
+def _wide_values(dim: _Width) -> WideCase:
+    # One form at 8,160 tokens takes a second for one image.
+    return WideCase(
+        name=f"wide_values_d{dim}",
+        gate=HALLUCINATED_GATE,
+        forms=("chunked", "padded", "calls"),
+        dim=dim,
+        num_heads=dim // 64,
+        sizes=(
+            *((N, 1) for N in (197, 577, 2048, 8160)),
+            *((N, 8) for N in (197, 577, 2048)),
+        ),
+        memory=(2048, 8160),
+        budget_s=150.0,
+        extra=True,
+    )
+
+
 HALLUCINATED_CASES: tuple[Case, ...] = (
+    _wide_values(768),
     _core(768),
     _core(384),
     _layer(768, "attention", compiled=False, extra=False),

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from benchmarks.cases.hydra import EVERYWHERE, GATE
-from benchmarks.kinds import Case, CoreCase, Entry, LayerCase, ModelCase, ScalingCase
+from benchmarks.kinds import (
+    Case,
+    CoreCase,
+    Entry,
+    LayerCase,
+    ModelCase,
+    ScalingCase,
+    WideCase,
+)
 from benchmarks.peers import CORES
 from benchmarks.targets import Target
 from manyheads import Hallucinated, Hydra, Recipe, Softmax, Swap
@@ -35,6 +43,16 @@ SMOKE: tuple[Case, ...] = (
                 at_least=1e9,
             ),
         ),
+    ),
+    WideCase(
+        name="smoke_wide",
+        gate=GATE,
+        forms=("chunked", "padded", "calls"),
+        dim=48,
+        num_heads=4,
+        sizes=((17, 1), (17, 2)),
+        rounds=2,
+        budget_s=1.0,
     ),
     LayerCase(
         name="smoke_layer",

@@ -14,12 +14,14 @@ from benchmarks.kinds import (
     LayerCase,
     ModelCase,
     ScalingCase,
+    WideCase,
 )
 from benchmarks.measure.core import core_rows
 from benchmarks.measure.layer import layer_rows
 from benchmarks.measure.model import model_rows
 from benchmarks.measure.racing import Row, Watch, growth
 from benchmarks.measure.scaling import scaling_rows
+from benchmarks.measure.wide import wide_rows
 
 __all__ = ["COPY", "GIVEN", "fit", "growth", "measure"]
 
@@ -42,6 +44,8 @@ def measure(case: Case, device: torch.device, watch: Watch | None = None) -> lis
         return model_rows(case, device, watch)
     if isinstance(case, ScalingCase):
         return scaling_rows(case, device, watch)
+    if isinstance(case, WideCase):
+        return wide_rows(case, device, watch)
     raise TypeError(f"no way to measure a {type(case).__name__}")
 
 

@@ -12,12 +12,14 @@ from benchmarks.render.layer import render_layer
 from benchmarks.render.model import render_models
 from benchmarks.render.scaling import render_scaling
 from benchmarks.render.targets import target_lines
+from benchmarks.render.wide import render_wide
 
 __all__ = ["RENDERERS", "render"]
 
 # How a record is shown, by its kind; the demo's has a format of its own.
 RENDERERS: dict[str, Callable[[Record], str]] = {
     "core": render_core,
+    "wide": render_wide,
     "layer": render_layer,
     "model": render_models,
     "scaling": render_scaling,

@@ -28,7 +28,16 @@ __all__ = [
 
 NOTHING = "-"
 # Titles of columns that hold words; a name of models is one wherever it stands.
-TEXTS = ("form", "case", "target", "bound", "where", "outcome", "cause of a miss")
+TEXTS = (
+    "form",
+    "case",
+    "target",
+    "bound",
+    "where",
+    "outcome",
+    "cause of a miss",
+    "picked for",
+)
 
 COPY_RATE = (
     "Copy rate: bytes that must be moved over time, as a share of a plain copy's."

@@ -4,8 +4,7 @@ The slow twins are `manyheads.attention.blending.blend_maps`, which convolves ma
 place of tokens, and `manyheads.attention.softmax.softmax_maps` applied to the values.
 
 On probabilities the values are wider than the queries. torch's fused attention on CPU
-refuses that and takes, in silence, the path that builds the whole map. Several forms
-do without; `choose_form` is the one place where one is picked.
+refuses that and builds the whole map in silence; `choose_form` picks what does not.
 """
 
 from __future__ import annotations
@@ -84,10 +83,9 @@ def blend_tokens(
 def _blend_padded(
     x: Tensor, weights: Sequence[Tensor], prefix: int, size: tuple[int, int], width: int
 ) -> Tensor:
-    """Convolve without writing into parts of a tensor.
+    """Convolve without writing into parts of a tensor: a scatter to ONNX.
 
-    ONNX spells such a write as a scatter with computed indices: DeiT-S at 224 spent
-    13 of its 52 ms in onnxruntime on those.
+    DeiT-S at 224 spent 13 of its 52 ms in onnxruntime on those.
     """
     (rows, columns), height = size, len(weights) // width
     picture = torch.unflatten(x[:, prefix:], 1, size)
@@ -138,16 +136,18 @@ def _span(shift: int, size: int) -> slice:
 def choose_form(q: Tensor, v: Tensor) -> Form:
     """Pick how to attend, by device, type and widths.
 
+    Not asked on CPU in inference unless there is a mask or `cross_map`: there
+    `hallucinated_whole.takes_whole` picks one operator with the blends.
+
     - "fused", one call of torch's attention: equal widths anywhere; unequal ones on
       CUDA in float32, where the memory-efficient kernel takes them, and in ONNX.
     - "padded", queries and keys filled with zeros up to the values' width: half types
       on CUDA, where only equal widths reach the flash kernel, and exported programs,
       which have plain operators only and would build the map on CPU otherwise.
-    - "chunked", plain matrix products over blocks of queries: everywhere else. On CPU
-      it was the fastest of the three wherever it was measured.
+    - "chunked", plain products over blocks of queries: everywhere else, measured on CPU
+      by the case `wide_values_d768` of `benchmarks.run`.
     - "calls", one fused call per run of value features; "triton", our own kernel with
-      two widths, a quarter fewer multiply-adds than "padded" where values are twice as
-      wide, tuned less; "flex", torch's FlexAttention. Only by name, to be measured.
+      two widths; "flex", torch's FlexAttention: only by name, to be measured.
     """
     narrow, wide = q.shape[-1], v.shape[-1]
     if narrow == wide:
@@ -293,7 +293,7 @@ def wide_attention_backward(
     key_mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the gradients of `wide_attention`; the maps are built again, in blocks.
+    """Give the gradients of `wide_attention`; maps are built again, in blocks.
 
     With the map's rows p and their gradient g = grad v^T:
 

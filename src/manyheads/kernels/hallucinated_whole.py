@@ -33,6 +33,7 @@ _WHOLE_ELEMENTS, _ROWS_ELEMENTS = 2**19, 2**21
 def takes_whole(*tensors: Tensor) -> bool:
     """Say whether one operator serves this call, or the pieces must.
 
+    Where the pieces serve, `manyheads.kernels.hallucinated.choose_form` picks how.
     It does on CPU where no gradient is asked for: it was faster than the pieces at
     every size that was measured. An exported program must run where this package is
     not installed, and a GPU has attention kernels of its own.
