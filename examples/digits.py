@@ -17,7 +17,7 @@ print(mh.preview(teacher, recipe))  # nothing has changed yet
 student = mh.convert(teacher, recipe)  # the teacher is untouched
 print("before: ", mh.evaluate(teacher, test))
 print("swapped:", mh.evaluate(student, test))
-mh.heal(student, teacher, train[0], block_epochs=1, logit_epochs=1)
+mh.heal(student, teacher, train[0], logit_epochs=2)
 print("healed: ", mh.evaluate(student, test))
 
 mh.save(student, "student")

@@ -60,7 +60,7 @@ FULL = Effort(
     embed_dim=64,
     depth=4,
     train_epochs=25,
-    heal_epochs=8,
+    heal_epochs=12,
     rounds=30,
     memory=True,
     large="deit_small_patch16_224",
@@ -162,7 +162,6 @@ def _heal(
         student,
         teacher,
         images[0],
-        block_epochs=effort.heal_epochs,
         logit_epochs=effort.heal_epochs,
         batch_size=BATCH,
     )
