@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import manyheads as mh
-from manyheads.errors import NothingToConvert
+from manyheads.errors import NothingToConvert, SwapRefused
 from manyheads.ffn import CompactLinear
-from manyheads.hosts import find_host
+from manyheads.hosts import find_host, mechanism_of
 from manyheads.ledger import keep_books
 from tests.helpers import assert_close
 
@@ -82,6 +82,27 @@ def test_a_grid_is_known_where_every_token_is_a_key(small: nn.Module) -> None:
     plain = mh.Recipe(mh.Swap(blocks=[-1], attention=mh.Hallucinated()))
     # Fresh kernels are deltas: the layout makes no difference yet.
     assert_close(student(images), mh.convert(small, plain)(images))
+
+
+@pytest.mark.parametrize("mix", ["after", "both"])
+def test_interactive_attention_converts_where_every_token_is_a_key(
+    small: nn.Module, mix: str
+) -> None:
+    spec = mh.Interactive(landmarks=(2, 2), mix=mix)
+    student = mh.convert(small, mh.Recipe(mh.Swap(blocks=[-1], attention=spec)))
+    _, sites = find_host(student)
+    core = mechanism_of(student.get_submodule(sites[-1].attention_path))
+    assert core is not None
+    assert core.spec == spec
+    images = torch.randn(2, 3, 96, 64, requires_grad=True)
+    fast = student(images)
+    fast.sum().backward()
+    assert images.grad.isfinite().all()
+    core.forward = core.reference
+    assert_close(student(images), fast)
+    pooled = [i for i, site in enumerate(sites) if site.geometry.reduced_keys]
+    with pytest.raises(SwapRefused, match=r"reduced.*e_mhsa"):
+        mh.convert(small, mh.Recipe(mh.Swap(blocks=pooled[:1], attention=spec)))
 
 
 def test_another_order_of_heads_changes_no_logit(small: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import manyheads as mh
 from manyheads.errors import ImageSizeError, SwapRefused
 from manyheads.geometry import Geometry
-from manyheads.hosts import find_host
+from manyheads.hosts import find_host, mechanism_of
 from manyheads.ledger import keep_books
 from tests.helpers import assert_close
 
@@ -169,6 +169,35 @@ def test_layouts_that_need_one_grid_are_refused_where_keys_are_reduced() -> None
         mh.convert(_pvt(), mh.Recipe(mh.Swap(blocks=[1], attention=grid)))
     last = mh.convert(_pvt(), mh.Recipe(mh.Swap(blocks=[3], attention=grid)))
     assert last(_images()).isfinite().all()
+
+
+@pytest.mark.parametrize("mix", ["after", "both", "none"])
+def test_interactive_attention_converts_where_every_token_is_a_key(
+    mix: str, tmp_path: object
+) -> None:
+    spec = mh.Interactive(landmarks=(2, 2), mix=mix)
+    student = mh.convert(_pvt(), mh.Recipe(mh.Swap(blocks=[3], attention=spec)))
+    core = mechanism_of(student.stages[3].blocks[0].attn)
+    assert core is not None
+    assert core.spec == spec
+    images = torch.randn(2, 3, 96, 64, requires_grad=True)
+    fast = student(images)
+    fast.sum().backward()
+    assert images.grad.isfinite().all()
+    again = mh.load(mh.save(student, f"{tmp_path}/student"))
+    assert_close(again(images), fast)
+    # Its slow twin in its place, on the rows and columns of the stage.
+    core.forward = core.reference
+    assert_close(student(images), fast)
+
+
+def test_interactive_attention_is_refused_where_keys_are_reduced() -> None:
+    spec = mh.Interactive(landmarks=(2, 2))
+    with pytest.raises(SwapRefused, match=r"reduced.*stages\.1\.blocks\.0\.attn"):
+        mh.convert(_pvt(), mh.Recipe(mh.Swap(blocks=[1], attention=spec)))
+    # The linear variant pools the keys of its last stage, too.
+    with pytest.raises(SwapRefused, match=r"reduced.*stages\.3\.blocks\.0\.attn"):
+        mh.convert(_pvt("pvt_v2_b2_li"), mh.Recipe(mh.Swap(blocks=[3], attention=spec)))
 
 
 def test_mechanisms_of_one_token_set_are_refused_where_keys_are_reduced(
