@@ -83,6 +83,7 @@ def _run(
         redirect_stdout=False,
     )
     failed = []
+    begun = time.perf_counter()
     with bar:
         whole = bar.add_task("Cases", total=len(cases))
         part = bar.add_task("", total=None)
@@ -109,11 +110,16 @@ def _run(
                 traceback.print_exc()
                 failed.append(case.name)
                 continue
-            record["wall_s"] = round(time.perf_counter() - started, 1)
+            now = time.perf_counter()
+            record["wall_s"] = round(now - started, 1)
+            # The last record of a run says how long all of it took, tests included.
+            record["run_s"] = round(now - begun, 1)
             path = write_record(record, folder)
             print(render([record]))
             print(f"\nrecorded as {path.name} after {record['wall_s']:.0f} s\n")
             bar.advance(whole)
+    done, spent = len(cases) - len(failed), time.perf_counter() - begun
+    print(f"{done} of {len(cases)} cases in {spent:.0f} s, tests and memory included")
     if failed:
         print(f"not recorded: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))

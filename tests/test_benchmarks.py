@@ -44,6 +44,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("a smoke run") == len(SMOKE)
+    assert f"{len(SMOKE)} of {len(SMOKE)} cases in " in done.stdout
     return folder
 
 
@@ -51,10 +52,14 @@ def test_a_smoke_run_records_one_case_of_each_kind(smoke: Path) -> None:
     records = {record["kind"]: record for record in read_records(smoke)}
     kinds = {"core", "layer", "model", "scaling", "wide"}
     assert set(records) == kinds == _kinds_of_cases()
+    # The last record holds the seconds of the whole run.
+    of_cases = sum(record["wall_s"] for record in records.values())
+    whole = max(record["run_s"] for record in records.values())
+    assert whole >= of_cases - 0.5
     for record in records.values():
         assert record["conditions"]["weights"] == "random"
         assert record["conditions"]["threads"] == 1
-        assert record["wall_s"] > 0
+        assert record["run_s"] >= record["wall_s"] > 0
         assert str(ROOT) not in json.dumps(record)
         assert render([record]).startswith("|")
     forms = {row["form"]: row for row in records["core"]["rows"]}
