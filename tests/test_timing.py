@@ -22,6 +22,7 @@ from manyheads.gauges.memory import (
     measure_memory,
     resident_bytes,
 )
+from manyheads.gauges.rates import Matmul, kept_promise
 from manyheads.gauges.stopwatch import race, ratios, spread
 from manyheads.geometry import Geometry
 from tests.helpers import tiny_vit
@@ -52,6 +53,15 @@ def test_each_model_has_a_row_with_its_counts_and_ratios(
         assert 0 < low <= row.latency_ms <= high
         assert row.throughput == pytest.approx(2e3 / row.latency_ms)
         assert row.ratio_quartiles[0] <= row.ratio <= row.ratio_quartiles[1]
+        assert row.share_of_matmul_rate > 0
+    saved = 1 - found.rows[1].flops / found.rows[0].flops
+    assert found.rows[1].promise_kept == pytest.approx(
+        (1 - found.rows[1].ratio) / saved
+    )
+    assert found.rows[0].promise_kept is None
+    shown = str(found)
+    assert "of the promise" in shown
+    assert f"  {found.rows[1].share_of_matmul_rate:.2f}  " in shown
     assert found.rows[0].ratio == 1
     assert found.rows[0].ratio_quartiles == (1, 1)
     assert found.warnings == ()
@@ -212,6 +222,17 @@ def test_each_may_be_called_once_before_its_turn() -> None:
         rehearse=True,
     )
     assert "".join(seen) == "aaabbb" + "aabb" + "bbaa" + "aabb"
+
+
+def test_rates_and_promises_are_held_against_product_and_base() -> None:
+    matmul = Matmul(CPU, torch.float32)
+    # As many multiply-adds as the product in twice its time: half of its rate.
+    found = matmul.share([1.0, 2.0, 3.0], [2.0, 4.0, 6.0], matmul.side**3)
+    assert (found.lower, found.median, found.upper) == (0.5, 0.5, 0.5)
+    assert kept_promise(0.75, flops=50, base=100) == 0.5
+    assert kept_promise(1.5, flops=50, base=100) == -1.0
+    assert kept_promise(0.5, flops=100, base=100) is None
+    assert kept_promise(0.5, flops=120, base=100) is None
 
 
 def test_ratios_are_taken_within_rounds() -> None:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.kinds import Case
+from manyheads.gauges import rates
 from manyheads.gauges.memory import Memory, measure_memory
-from manyheads.gauges.stopwatch import Spread, race, ratios, spread
+from manyheads.gauges.rates import kept_promise
+from manyheads.gauges.stopwatch import Spread, race, spread
 
 __all__ = [
     "MATMUL",
@@ -34,8 +36,6 @@ __all__ = [
 
 MATMUL = "matmul"
 _GROWS_FROM = 1024
-_LEAST_SAVED = 0.01
-_SIDE = {"cpu": 1024, "cuda": 8192}
 
 Call = Callable[[], object]
 Laps = dict[str, tuple[float, ...]]
@@ -78,38 +78,16 @@ class Race:
         return dict(zip(calls, laps, strict=True))
 
 
-class Matmul:
-    """A square matrix product: the rate of arithmetic that others are held against."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.side = _SIDE[device.type]
-        shape = (self.side, self.side)
-        self.left = torch.randn(shape, device=device, dtype=dtype)
-        self.right = torch.randn(shape, device=device, dtype=dtype)
-        self.out = torch.empty_like(self.left)
-
-    def __call__(self) -> Tensor:
-        """Multiply into memory that is there."""
-        return torch.mm(self.left, self.right, out=self.out)
+class Matmul(rates.Matmul):
+    """A square matrix product that takes its turns under a name of its own."""
 
     def rate(
-        self, laps: Laps, name: str, multiply_adds: float
+        self, laps: Laps, name: str, multiply_adds: int
     ) -> dict[str, float] | None:
         """Give a contestant's multiply-adds a second as a share of this product's."""
         if name == MATMUL or not multiply_adds:
             return None
-        return plain(
-            scaled(ratios(laps[MATMUL], laps[name]), multiply_adds / self.side**3)
-        )
-
-
-def kept_promise(ratio: float, flops: float, base: float) -> float | None:
-    """Give saved time over saved FLOPs, each as a share of the base's.
-
-    1 is time that falls as the FLOPs do; None where less than 1 % of them is saved.
-    """
-    saved = 1 - flops / base
-    return (1 - ratio) / saved if saved > _LEAST_SAVED else None
+        return plain(self.share(laps[MATMUL], laps[name], multiply_adds))
 
 
 def growth(rows: Sequence[Row], column: str = "ms.median") -> dict[str, float]:

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from manyheads.errors import InvalidOption
 from manyheads.gauges.machine import conditions
 from manyheads.gauges.memory import Memory, measure_memory
-from manyheads.gauges.stopwatch import race, ratios, spread
+from manyheads.gauges.rates import Matmul, kept_promise
+from manyheads.gauges.stopwatch import Spread, race, ratios, spread
 from manyheads.hosts import Host, Site, find_host
 from manyheads.ledger import Ledger, keep_books
 
@@ -45,6 +46,10 @@ class BenchRow:
         fed_size: Height and width that entered the network, padding included.
         peak_mib: Peak memory of a fresh process that runs it, or None.
         extra_mib: That peak less what model and images take, or None.
+        promise_kept: Saved time over saved FLOPs, at 1 time falls as FLOPs do; None
+            where fewer than 1 % of the FLOPs are saved.
+        share_of_matmul_rate: Multiply-adds over time, as a share of a large matrix
+            product's in the same rounds.
     """
 
     name: str
@@ -58,6 +63,8 @@ class BenchRow:
     fed_size: tuple[int, int]
     peak_mib: float | None
     extra_mib: float | None
+    promise_kept: float | None
+    share_of_matmul_rate: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +115,9 @@ class Bench:
             "",
             f"{height}x{width}{padded}, batch {self.batch_size}, {machine['dtype']}, "
             f"{self.rounds}{fewer} rounds, interleaved; medians [quartiles]; ratios to "
-            f"{base.name} within rounds, below 1 is cheaper, ! marks worse",
+            f"{base.name} within rounds, below 1 is cheaper, ! marks worse; of the "
+            "promise: saved time over saved FLOPs; matmul rate: multiply-adds over "
+            "time, as a share of a large matrix product's",
             f"{machine['device_name']}, {machine['threads']} threads, "
             f"torch {machine['torch']}, {machine['date']}",
             *(f"Warning: {warning}" for warning in self.warnings),
@@ -127,11 +136,11 @@ def bench(
 ) -> Bench:
     """Time models against each other on random images, and measure their memory.
 
-    The models take turns in one process, so that a busy machine troubles all alike;
-    trust the ratios before the milliseconds. Peak memory is that of a fresh process
-    for each. The models stay as they are: copies are put in evaluation mode and, where
-    another size is asked for, resized. An image that does not fill whole patches (1080
-    rows) is padded with zeros, and the result says so.
+    The models and a large matrix product take turns in one process, so that a busy
+    machine troubles all alike; trust ratios before milliseconds. Peak memory is that of
+    a fresh process for each. The models stay as they are: copies are put in evaluation
+    mode and, where another size is asked for, resized. An image that does not fill
+    whole patches (1080 rows) is padded with zeros, and the result says so.
 
     Cost: three warm-up calls and `rounds` calls of each model, or as many rounds as
     two minutes hold, but at least three; memory takes a few seconds more for each.
@@ -146,7 +155,7 @@ def bench(
         progress: Whether to show a progress bar, on the error stream.
 
     Returns:
-        Times, throughput, FLOPs and memory with their ratios and conditions.
+        Times, throughput, FLOPs and memory with ratios, rates and conditions.
 
     Raises:
         UnknownHost: No host knows a model.
@@ -172,14 +181,20 @@ def bench(
     }
     called = list(names) if names is not None else _default_names(models, hosted)
     feeds = [each.feed for each, _ in hosted]
-    laps = _race(entrants, feeds, rounds, device, progress)
+    matmul = Matmul(device, _dtype(models[0]))
+    own, *laps = _race(matmul, entrants, feeds, rounds, device, progress)
     found = [
         measure_memory(model, images, feed) if memory else None
         for (model, images), feed in zip(entrants, feeds, strict=True)
     ]
     return Bench(
         rows=tuple(
-            _row(*each, base=laps[0], batch_size=batch_size)
+            _row(
+                *each,
+                base=(laps[0], ledgers[0].total),
+                rate=matmul.share(own, each[1], batch_size * each[2].total),
+                batch_size=batch_size,
+            )
             for each in zip(called, laps, ledgers, found, strict=True)
         ),
         image_size=size,
@@ -209,6 +224,7 @@ def _entrant(
 
 
 def _race(
+    matmul: Matmul,
     entrants: Sequence[tuple[nn.Module, Tensor]],
     feeds: Sequence[Callable[[nn.Module, Tensor], Any]],
     rounds: int,
@@ -221,8 +237,11 @@ def _race(
         task = bar.add_task("Timing, round by round", total=rounds)
         return race(
             [
-                partial(feed, model, images)
-                for (model, images), feed in zip(entrants, feeds, strict=True)
+                matmul,
+                *(
+                    partial(feed, model, images)
+                    for (model, images), feed in zip(entrants, feeds, strict=True)
+                ),
             ],
             rounds=rounds,
             budget_s=_BUDGET_S,
@@ -237,10 +256,12 @@ def _row(
     ledger: Ledger,
     memory: Memory | str | None,
     *,
-    base: Sequence[float],
+    base: tuple[Sequence[float], int],
+    rate: Spread,
     batch_size: int,
 ) -> BenchRow:
-    time, ratio = spread(laps), ratios(laps, base)
+    base_laps, base_flops = base
+    time, ratio = spread(laps), ratios(laps, base_laps)
     known = memory if isinstance(memory, Memory) else None
     return BenchRow(
         name=name,
@@ -254,6 +275,8 @@ def _row(
         fed_size=ledger.fed_size,
         peak_mib=known.peak_mib if known else None,
         extra_mib=known.extra_mib if known else None,
+        promise_kept=kept_promise(ratio.median, ledger.total, base_flops),
+        share_of_matmul_rate=rate.median,
     )
 
 
@@ -261,6 +284,8 @@ _HEADER = (
     "model",
     "ms",
     "ratio",
+    "of the promise",
+    "matmul rate",
     "images/s",
     "GFLOPs",
     "M parameters",
@@ -276,6 +301,8 @@ def _cells(row: BenchRow, base: BenchRow) -> tuple[str, ...]:
         row.name,
         f"{row.latency_ms:.3g} [{low:.3g}-{high:.3g}]",
         f"{row.ratio:.2f} [{least:.2f}-{most:.2f}]{_mark(row.ratio)}",
+        "-" if row.promise_kept is None else f"{row.promise_kept:.2f}",
+        f"{row.share_of_matmul_rate:.2f}",
         f"{row.throughput:.3g}",
         _beside(row.flops, base.flops, 1e9),
         _beside(row.parameters, base.parameters, 1e6),
