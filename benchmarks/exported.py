@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,75 +25,18 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from benchmarks.kinds import Case, Entry
+from benchmarks.cases.exported import EXPORTED, SMOKE_EXPORTED
+from benchmarks.kinds import ExportedCase
 from benchmarks.records import FORMAT, RESULTS, VERSION, write_record
 from benchmarks.render import render
 from benchmarks.run import Gate
-from manyheads import (
-    Compact,
-    Hallucinated,
-    Hydra,
-    Interactive,
-    Recipe,
-    Swap,
-    convert,
-    cost,
-    export,
-)
+from manyheads import convert, cost, export
 from manyheads.artifacts import Artifact, open_artifact
 from manyheads.gauges.machine import conditions
 from manyheads.gauges.stopwatch import race, ratios, spread
 from manyheads.geometry import fit_to_patches
 
-__all__ = ["CASE", "ExportedCase", "main"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportedCase(Case):
-    """Whole models as ONNX files, one image at a time; the first entry is the base.
-
-    Attributes:
-        architecture: Registered name.
-        arguments: Arguments of the architecture.
-        entries: What is done to it.
-        sizes: Height and width of each measurement; every file runs at all of them.
-    """
-
-    architecture: str
-    arguments: tuple[tuple[str, int], ...] = ()
-    entries: tuple[Entry, ...]
-    sizes: tuple[tuple[int, int], ...]
-
-
-CASE = ExportedCase(
-    name="exported_deit_small",
-    gate=("tests/test_exporting.py",),
-    budget_s=480.0,
-    extra=True,
-    architecture="deit_small_patch16_224",
-    entries=(
-        Entry(label="softmax"),
-        *(
-            Entry(label=f"{spec} in all blocks", recipe=Recipe(Swap(attention=spec)))
-            for spec in (Hydra(), Interactive(), Hallucinated())
-        ),
-        Entry(
-            label="Hallucinated() + Compact() in all blocks",
-            recipe=Recipe(Swap(attention=Hallucinated(), ffn=Compact())),
-        ),
-    ),
-    sizes=((224, 224), (1080, 1920)),
-)
-SMOKE = replace(
-    CASE,
-    name="smoke_exported",
-    rounds=2,
-    budget_s=2.0,
-    architecture="deit_tiny_patch16_224",
-    arguments=(("img_size", 32), ("depth", 2), ("embed_dim", 48)),
-    entries=CASE.entries[:2],
-    sizes=((32, 32), (40, 64)),
-)
+__all__ = ["main", "named_models"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threads = wanted.threads or (1 if wanted.smoke else None)
     if threads is not None:
         torch.set_num_threads(threads)
-    case = SMOKE if wanted.smoke else CASE
+    case = SMOKE_EXPORTED if wanted.smoke else EXPORTED
     if not wanted.smoke and not Gate().passes(case):
         print(f"{case.name}: its tests fail, so no time is taken", file=sys.stderr)
         return 1
@@ -122,13 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _rows(case: ExportedCase) -> list[dict[str, Any]]:
+def named_models(case: ExportedCase, **arguments: int) -> dict[str, nn.Module]:
+    """Build what is exported, by label; further arguments are the architecture's."""
     torch.manual_seed(0)
-    base = timm.create_model(case.architecture, **dict(case.arguments)).eval()
-    models: dict[str, nn.Module] = {
+    told = dict(case.arguments) | arguments
+    base = timm.create_model(case.architecture, **told).eval()
+    return {
         entry.label: convert(base, entry.recipe) if entry.recipe else base
         for entry in case.entries
     }
+
+
+def _rows(case: ExportedCase) -> list[dict[str, Any]]:
+    models = named_models(case)
     with tempfile.TemporaryDirectory() as folder:
         files: dict[str, Artifact] = {}
         sizes_mib: dict[str, float] = {}

@@ -1,14 +1,15 @@
 """What a case says: one frozen dataclass for each kind of measurement.
 
-=======  =================================================================
-kind     what is timed
-=======  =================================================================
-core     mechanisms on projected tokens, beside a plain copy and a matmul
-wide     every way to mix values wider than queries, beside fused softmax
-layer    an attention layer or a whole block of a timm model
-model    whole timm models, with parameters, FLOPs and peak memory
-scaling  one model from small to very large images, each in its own process
-=======  =================================================================
+========  ================================================================
+kind      what is timed
+========  ================================================================
+core      mechanisms on projected tokens, beside a plain copy and a matmul
+wide      every way to mix values wider than queries, beside fused softmax
+layer     an attention layer or a whole block of a timm model
+model     whole timm models, with parameters, FLOPs and peak memory
+scaling   one model from small to very large images, each in its own process
+exported  whole models as ONNX files in onnxruntime
+========  ================================================================
 
 Weights are random everywhere: they enter neither time nor memory.
 """
@@ -30,6 +31,7 @@ __all__ = [
     "CoreCase",
     "DType",
     "Entry",
+    "ExportedCase",
     "LayerCase",
     "ModelCase",
     "ScalingCase",
@@ -211,6 +213,23 @@ class ScalingCase(Case):
     most_tokens: tuple[tuple[str, int], ...] = ()
     limit_mib: int = 8192
     limit_s: float = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedCase(Case):
+    """Whole models as ONNX files, one image at a time; the first entry is the base.
+
+    Attributes:
+        architecture: Registered name.
+        arguments: Arguments of the architecture.
+        entries: What is done to it.
+        sizes: Height and width of each measurement; every file runs at all of them.
+    """
+
+    architecture: str
+    arguments: tuple[tuple[str, int], ...] = ()
+    entries: tuple[Entry, ...]
+    sizes: tuple[tuple[int, int], ...]
 
 
 def as_json(case: Case) -> dict[str, object]:

@@ -7,15 +7,24 @@ from typing import Any
 
 import pytest
 from benchmarks.cases import CASES, targets_of
+from benchmarks.cases.exported import EXPORTED
 from benchmarks.cases.gpu import BOTH, FORWARD, GPU_CASES
-from benchmarks.kinds import COPY, GIVEN, Case, CoreCase, LayerCase, ModelCase
+from benchmarks.kinds import (
+    COPY,
+    GIVEN,
+    Case,
+    CoreCase,
+    ExportedCase,
+    LayerCase,
+    ModelCase,
+)
 from benchmarks.kinds import ScalingCase as Scaling
 from benchmarks.render.targets import render_all_targets, target_lines
 from benchmarks.targets import Target, judge, read_reasons
 
 from tests.benchmark_records import core_record
 
-_WITH_TARGETS = [case for case in (*CASES, *GPU_CASES) if case.targets]
+_WITH_TARGETS = [case for case in (*CASES, *GPU_CASES, EXPORTED) if case.targets]
 
 
 def _target(**changes: Any) -> Target:
@@ -103,7 +112,7 @@ def _rows(case: Case) -> list[dict[str, Any]]:
             for form, n in product(forms, case.num_tokens)
         ]
         return rows + _fits(forms)
-    assert isinstance(case, LayerCase | ModelCase | Scaling)
+    assert isinstance(case, LayerCase | ModelCase | Scaling | ExportedCase)
     labels = [entry.label for entry in case.entries]
     columns = ("ratio", "speedup", "promise_kept", "peak_mib")
     if isinstance(case, LayerCase):

@@ -8,7 +8,8 @@ import pytest
 
 pytest.importorskip("onnxruntime", reason="needs the extra: manyheads[export]")
 
-from benchmarks import exported
+from benchmarks import exported, exported_steps
+from benchmarks.cases.exported import EXPORTED
 from benchmarks.records import read_records
 from benchmarks.render import render
 from benchmarks.tables import TABLES
@@ -36,7 +37,7 @@ def test_a_smoke_run_is_recorded_and_shown(tmp_path: Path) -> None:
 
 
 def test_every_mechanism_runs_against_softmax_at_both_sizes() -> None:
-    first, *others = exported.CASE.entries
+    first, *others = EXPORTED.entries
     assert first.recipe is None
     tried = {
         type(swap.attention)
@@ -48,4 +49,17 @@ def test_every_mechanism_runs_against_softmax_at_both_sizes() -> None:
         "Softmax",
         *(kind.__name__ for kind in tried),
     }
-    assert exported.CASE.sizes == ((224, 224), (1080, 1920))
+    assert EXPORTED.sizes == ((224, 224), (1080, 1920))
+
+
+def test_the_script_behind_the_causes_names_the_steps_of_both_files(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    exported_steps.main(["--size", "64x64", "--rounds", "2"])
+    first, second = capsys.readouterr().out.split("Hallucinated() in all blocks: ")
+    assert first.startswith("softmax: ")
+    for step in ("linear 384 to 1536", "softmax", "scores", "mixing", "copies"):
+        assert f"  {step} " in first
+        assert f"  {step} " in second
+    assert "linear 384 to 1152" in first
+    assert "linear 384 to 768" in second

@@ -2,11 +2,12 @@
 
 A new case is one more entry in the file of its idea; `benchmarks.kinds` says what a
 case may hold. Those that are not `extra` make up `make bench`; `benchmarks.gpu` runs
-the cases of `cases/gpu.py`.
+the cases of `cases/gpu.py`, and `benchmarks.exported` that of `cases/exported.py`.
 """
 
 from __future__ import annotations
 
+from benchmarks.cases.exported import EXPORTED
 from benchmarks.cases.gpu import GPU_CASES
 from benchmarks.cases.hallucinated import HALLUCINATED_CASES
 from benchmarks.cases.hydra import HYDRA_CASES
@@ -33,4 +34,5 @@ def targets_of(name: str) -> tuple[Target, ...]:
 
     They are not read from records, so that a corrected target judges old numbers too.
     """
-    return next((c.targets for c in (*CASES, *GPU_CASES, *SMOKE) if c.name == name), ())
+    every = (*CASES, *GPU_CASES, EXPORTED, *SMOKE)
+    return next((case.targets for case in every if case.name == name), ())
