@@ -236,56 +236,38 @@ STUDIED = ("hydra_all", "hallucinated_compact", "interactive_after")
 
 def _ways(setting: Setting, models: tuple[str, ...]) -> tuple[Case, ...]:
     """Give the cells of the healing study, way by way."""
-    common: dict[str, Any] = {"setting": setting, "kind": "healing"}
+
+    def cell(model: str, way: str, **told: Any) -> Case:
+        usual: dict[str, Any] = {"treatment": "healed", "recipe": MODELS[model][0]}
+        about: dict[str, Any] = {"setting": setting, "kind": "healing"}
+        return Case(model=model, variant=way, **(about | usual | told))
+
+    base = tuple(BASE.items())
     together = [
-        Case(
-            model=model,
-            treatment="healed",
-            recipe=MODELS[model][0],
-            variant=way,
-            heal=tuple(options.items()),
-            **common,
-        )
+        cell(model, way, heal=tuple(options.items()))
         for way, options in WAYS.items()
         for model in models
         if (way, model) not in WITHOUT
     ]
     in_turn = [
-        Case(
-            model=model,
-            treatment="progressive",
-            recipe=MODELS[model][0],
-            variant=way,
-            heal=tuple(BASE.items()),
-            order=order,
-            **common,
-        )
+        cell(model, way, treatment="progressive", heal=base, order=order)
         for way, order in ORDERS.items()
         for model in models
     ]
     longer = [
-        Case(
-            model=model,
-            treatment="healed",
-            recipe=MODELS[model][0],
-            variant=name,
-            heal=tuple(BASE.items()),
-            share=share,
-            **common,
-        )
-        for name, share in LONGER.items()
+        cell(model, way, heal=base, share=share)
+        for way, share in LONGER.items()
         for model in models
     ]
     # The healed weights as they are, in a layer that divides by the count of tokens.
     corrections = {"off": Hydra(), "on": Hydra(reference_tokens=65)}
     larger = [
-        Case(
-            model="hydra_all",
+        cell(
+            "hydra_all",
+            f"at_48_pixels_correction_{name}",
             treatment="resized",
             recipe=Recipe(Swap(attention=spec)),
-            variant=f"at_48_pixels_correction_{name}",
             size=48,
-            **common,
         )
         for name, spec in corrections.items()
     ]
