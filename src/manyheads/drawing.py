@@ -8,6 +8,7 @@ compare share one scale: all heads of a block, and all models in a comparison.
 from __future__ import annotations
 
 import importlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ __all__ = ["draw"]
 
 _MOST_PANELS = 12
 _INCH = 2.0
+# Letters that fit above a panel at 9 points, and into an inch of the title at 11.
+_PANEL_LETTERS, _TITLE_LETTERS = 28, 11
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,6 +72,34 @@ def draw(
             compared have different blocks, or the query or image is not there.
         DataError: The file cannot be written.
     """
+    figure = compose(maps, title=title, image=image, query=query)
+    target = Path(path)
+    try:
+        with draft_of(target) as draft:
+            figure.savefig(draft, dpi=110, format="png")
+    except OSError as error:
+        raise DataError(
+            asked=f"drawing to {target}",
+            found=f"it cannot be written: {error}",
+            fix="Choose a folder that exists and that you may write to, on a disk with "
+            "room.",
+        ) from error
+    return target
+
+
+def compose(
+    maps: Maps | Mapping[str, Maps],
+    *,
+    title: str = "",
+    image: int = 0,
+    query: int | None = None,
+) -> Any:
+    """Lay out what `draw` writes, as a matplotlib Figure.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+        InvalidOption: What is asked for cannot be drawn.
+    """
     try:
         figures = importlib.import_module("matplotlib.figure")
     except ImportError as error:
@@ -92,19 +123,16 @@ def draw(
     colours = picture if len(picture) == 3 else picture[:1].expand(3, -1, -1)
     photo = colours.permute(1, 2, 0).numpy()
     figure = _figure(figures, photo, rows, names)
-    figure.suptitle(f"{title}\n{whose}" if title else whose, fontsize=11)
-    target = Path(path)
-    try:
-        with draft_of(target) as draft:
-            figure.savefig(draft, dpi=110, format="png")
-    except OSError as error:
-        raise DataError(
-            asked=f"drawing to {target}",
-            found=f"it cannot be written: {error}",
-            fix="Choose a folder that exists and that you may write to, on a disk with "
-            "room.",
-        ) from error
-    return target
+    above = f"{title}\n{whose}" if title else whose
+    across = int(figure.get_figwidth() * _TITLE_LETTERS)
+    figure.suptitle(_wrapped(above, across), fontsize=11)
+    return figure
+
+
+def _wrapped(text: str, letters: int) -> str:
+    """Break lines that are too long: neighbours would write over each other."""
+    lines = text.split("\n")
+    return "\n".join(part for line in lines for part in textwrap.wrap(line, letters))
 
 
 def _heads(block: BlockMaps, image: int, query: int | None) -> list[_Panel]:
@@ -139,7 +167,9 @@ def _panel(title: str, block: BlockMaps, weights: Tensor) -> _Panel:
     patches = block.on_grid(weights.float())
     average = patches.abs().mean().clamp_min(1e-30)
     return _Panel(
-        title=title, weights=patches / average, signed=bool((patches < 0).any())
+        title=_wrapped(title, _PANEL_LETTERS),
+        weights=patches / average,
+        signed=bool((patches < 0).any()),
     )
 
 
@@ -184,10 +214,17 @@ def _figure(
     across = 1 + max(map(len, rows))
     height, width = photo.shape[:2]
     tall = _INCH * min(max(height / width, 0.4), 2.5)
+    names = [_wrapped(name, _PANEL_LETTERS) for name in names]
+    written = [*names, *(panel.title for panels in rows for panel in panels)]
+    lines = max(text.count("\n") + 1 for text in written)
     figure = figures.Figure(
-        figsize=(_INCH * across + 1.2, (tall + 0.55) * len(rows) + 0.6),
+        figsize=(
+            _INCH * across + 1.2,
+            (tall + 0.16 * max(lines, 2) + 0.25) * len(rows) + 0.6,
+        ),
         layout="constrained",
     )
+    figure.get_layout_engine().set(h_pad=0.08)
     grid = figure.subplots(len(rows), across, squeeze=False)
     for places, panels, name in zip(grid, rows, names, strict=True):
         for axes in places:
