@@ -34,6 +34,7 @@ pytestmark = pytest.mark.usefixtures("untyped")
     [
         ("m.onnx", {"dtype": "bfloat16"}, "CPU kernels.*bfloat16"),
         ("m.pt2", {"int8": True}, "int8 is offered for onnx, not for 'pt2'"),
+        ("m.pt2", {"int8": True, "target": "aoti"}, "for onnx, not for 'aoti'"),
         ("m.onnx", {"int8": True, "dtype": "float16"}, "float32 weights"),
     ],
 )
@@ -97,8 +98,12 @@ def test_paths_that_cannot_be_written_are_refused_before_any_work(
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("m.pt2", {}), ("m.onnx", {}), ("q.onnx", {"int8": True})],
-    ids=["pt2", "onnx", "int8"],
+    [
+        pytest.param("m.pt2", {}, id="pt2"),
+        pytest.param("m.onnx", {}, id="onnx"),
+        pytest.param("q.onnx", {"int8": True}, id="int8"),
+        pytest.param("m.pt2", {"target": "aoti"}, id="aoti", marks=pytest.mark.slow),
+    ],
 )
 def test_a_full_disk_is_named_and_nothing_is_left_on_it(
     name: str, options: dict[str, object], tmp_path: Path

@@ -82,6 +82,7 @@ def test_half_types_stay_within_their_tolerance(
         ("onnx", {"int8": True}),
         ("pt2", {"dtype": "float16"}),
         ("pt2", {"dtype": "bfloat16"}),
+        ("aoti", {"dtype": "float16"}),
         ("aoti", {"dtype": "bfloat16"}),
     ],
     ids=str,
