@@ -73,6 +73,7 @@ def _torchvision(_: Size | None) -> nn.Module:
 
 
 PLAIN = {"img_size": 64, "depth": 2, "num_classes": 7}
+THIN = PLAIN | {"embed_dim": 192, "num_heads": 4}
 FINE = PLAIN | {"img_size": 56}
 ROPE = PLAIN | {"embed_dim": 96, "num_heads": 3}
 NARROW = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_classes": 10}
@@ -82,15 +83,15 @@ FAMILIES: dict[str, Family] = {
     "timm/deit": _timm("deit_tiny_patch16_224", **PLAIN),
     "timm/deit-distilled": _timm("deit_tiny_distilled_patch16_224", **PLAIN),
     "timm/deit3": _timm("deit3_small_patch16_224", **PLAIN),
-    "timm/siglip": _timm("vit_base_patch16_siglip_224", **PLAIN),
-    "timm/clip": _timm("vit_base_patch16_clip_224", **PLAIN),
+    "timm/siglip": _timm("vit_base_patch16_siglip_224", **THIN),
+    "timm/clip": _timm("vit_base_patch16_clip_224", **THIN),
     "timm/dinov2": _timm("vit_small_patch14_dinov2", cells=14, **FINE),
     "timm/dinov2-registers": _timm("vit_small_patch14_reg4_dinov2", cells=14, **FINE),
     "timm/registers-gap": _timm("vit_medium_patch16_reg4_gap_256", **PLAIN),
-    "timm/so150m2": _timm("vit_so150m2_patch16_reg1_gap_256", **PLAIN),
-    "timm/rpn": _timm("vit_base_patch16_rpn_224", **PLAIN),
-    "timm/plus": _timm("vit_base_patch16_plus_240", **PLAIN),
-    "timm/parallel": _timm("vit_base_patch16_18x2_224", **PLAIN),
+    "timm/so150m2": _timm("vit_so150m2_patch16_reg1_gap_256", **THIN),
+    "timm/rpn": _timm("vit_base_patch16_rpn_224", **THIN),
+    "timm/plus": _timm("vit_base_patch16_plus_240", **THIN),
+    "timm/parallel": _timm("vit_base_patch16_18x2_224", **THIN),
     "timm/aimv2": _timm(
         "aimv2_large_patch14_224", cells=14, **FINE | {"depth": 1, "embed_dim": 256}
     ),
