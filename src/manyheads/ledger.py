@@ -138,7 +138,9 @@ def keep_books(
             raise CostError(
                 asked=f"counting {type(model).__name__} at {fed[0]}x{fed[1]}",
                 found=f"it does not run at this size: {error}",
-                fix=f"Use its native image_size={wanted.size}.",
+                fix="convert() counts nothing; quantised layers cannot be counted."
+                if size == wanted.size
+                else f"Use its native image_size={wanted.size}.",
             ) from error
     blocks = tuple(walk.book(site) for site in sites)
     # The counter speaks of FLOPs, two to a multiply-add.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from inspect import ismethod
 from typing import TypeVar, cast, get_args
 
 import torch
@@ -86,7 +87,7 @@ def plan_swaps(
             left_alone.append(reason)
             mixer = None
         try:
-            if mixer and (reason := _attention_problem(site, mixer)):
+            if mixer and (reason := _attention_problem(model, site, mixer)):
                 refused.append(_refusal(site, site.attention_path, mixer, reason))
         except GeometryMismatch as error:
             misfits.append(_placed(error, site.attention_path))
@@ -285,7 +286,9 @@ def _require_range(sites: Sequence[Site], recipe: Recipe) -> None:
             )
 
 
-def _attention_problem(site: Site, spec: AttentionSpec) -> str | None:
+def _attention_problem(model: nn.Module, site: Site, spec: AttentionSpec) -> str | None:
+    if packed := _packed(model.get_submodule(site.attention_path)):
+        return packed
     has, needs = (
         each.num_query_heads(site.geometry) for each in (site.attention, spec)
     )
@@ -303,6 +306,18 @@ def _attention_problem(site: Site, spec: AttentionSpec) -> str | None:
             "is defined where queries and keys are the same tokens"
         )
     return spec.problem(site.geometry)
+
+
+def _packed(layer: nn.Module) -> str:
+    """Say which part keeps its weight where only its own code can read it."""
+    for name, module in layer.named_modules():
+        if ismethod(getattr(module, "weight", None)):
+            kind = type(module)
+            return (
+                f"its {name} is a {kind.__module__}.{kind.__qualname__}, whose weight "
+                "is packed; convert first and quantise what comes out"
+            )
+    return ""
 
 
 def _ffn_problem(model: nn.Module, site: Site, spec: FeedForwardSpec) -> str | None:

@@ -24,6 +24,7 @@ from manyheads.hosts.timm_pvt import TimmPVT
 from manyheads.hosts.timm_rope import TimmRope
 from manyheads.hosts.timm_vit import TimmViT
 from manyheads.hosts.torchvision_vit import TorchvisionViT
+from manyheads.hosts.wrappers import why_wrapped
 
 __all__ = [
     "HOSTS",
@@ -84,8 +85,10 @@ def host_of(model: nn.Module) -> Host:
     """Give the host that recognises a model, without a look at its blocks.
 
     Raises:
-        UnknownHost: No host does.
+        UnknownHost: No host does, or the model is inside a wrapper.
     """
+    if wrapped := why_wrapped(model):
+        raise _unknown(model, *wrapped)
     for host in HOSTS:
         if host.recognises(model):
             return host
@@ -108,16 +111,21 @@ def host_named(name: str) -> Host | None:
     return next((host for host in HOSTS if host.name == name), None)
 
 
-def _unknown(model: nn.Module, reason: str) -> UnknownHost:
+_SUPPORTED = (
+    "Supported: every timm model whose attention is timm.layers.Attention, "
+    "AttentionRope or EvaAttention (ViT, DeiT, DeiT-III, SigLIP, CLIP, DINOv2 and "
+    "relatives), timm's PVT-v2 and Next-ViT; ViT, DeiT, DINOv2, DINOv3, SigLIP, "
+    "SigLIP 2, CLIP vision, I-JEPA and ViT-MAE of transformers; torchvision's "
+    "VisionTransformer. In a model of your own, name the layers: "
+    "convert(model, recipe, paths=[...])."
+)
+
+
+def _unknown(model: nn.Module, reason: str, fix: str = _SUPPORTED) -> UnknownHost:
     kind = type(model)
     return UnknownHost(
         asked=f"a model of class {kind.__module__}.{kind.__qualname__}",
         found=reason,
         why="a block that is not understood exactly is never touched",
-        fix="Supported: every timm model whose attention is timm.layers.Attention, "
-        "AttentionRope or EvaAttention "
-        "(ViT, DeiT, DeiT-III, SigLIP, CLIP, DINOv2 and relatives), timm's PVT-v2 and "
-        "Next-ViT; ViT, DeiT, DINOv2, DINOv3, SigLIP, SigLIP 2, CLIP vision, I-JEPA "
-        "and ViT-MAE of transformers; torchvision's VisionTransformer. In a model of "
-        "your own, name the layers: convert(model, recipe, paths=[...]).",
+        fix=fix,
     )
