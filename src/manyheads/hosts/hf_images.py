@@ -44,7 +44,8 @@ def feed_images(model: Any, root: Any, images: Tensor) -> Any:
         root: Its vision tower.
         images: What it is shown, [B, C, H, W].
     """
-    runs = root if hasattr(model, "get_image_features") else model
+    text = hasattr(model, "get_image_features") or _answers_in_text(model)
+    runs = root if text else model
     embeddings = type(root.embeddings).__name__
     if embeddings == "Siglip2VisionEmbeddings":
         return _feed_patches(runs, images, root.config.patch_size)
@@ -57,6 +58,11 @@ def feed_images(model: Any, root: Any, images: Tensor) -> Any:
         return runs(images, noise=noise)
     with _rotation_without_values(root, images):
         return runs(images)
+
+
+def _answers_in_text(model: Any) -> bool:
+    """Say whether a text decoder reads the tower, as in TrOCR."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def takes_any_size(model: nn.Module, root: Any) -> bool:
@@ -82,7 +88,8 @@ def _resampled(model: nn.Module, root: Any) -> nn.Module:
     """Find what is told to resample: the embeddings, or a model that has more."""
     # ViT-MAE's decoder has positions of its own, and hears of it from the model.
     embeddings: nn.Module = root.embeddings
-    return model if hasattr(model, "decoder") else embeddings
+    text = _answers_in_text(model)
+    return model if hasattr(model, "decoder") and not text else embeddings
 
 
 def native_size(root: Any) -> tuple[int, int]:

@@ -80,6 +80,7 @@ MODELS = frozenset(
 # Model class prefix -> why its attention is not taken.
 REASONS = {
     "TimmWrapper": "it wraps a timm model; convert its `timm_model`",
+    "TimmBackbone": "it wraps a timm model; convert its `_backbone`",
     "Beit": "its attention adds a relative position bias to pairs of tokens",
     "Data2VecVision": "its attention adds a relative position bias to pairs of tokens",
     "Swin": "its attention is windowed, with a relative bias",

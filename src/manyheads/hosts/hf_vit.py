@@ -50,6 +50,16 @@ __all__ = ["HuggingFaceViT"]
 
 # Constructor arguments beside the configuration that change what is built.
 _SWITCHES = ("add_pooling_layer", "use_mask_token")
+# Fields of what models return, the last layer's first. Version 4 warns of the `logits`
+# that stand beside a reconstruction.
+_OUTPUTS = (
+    "reconstruction",
+    "logits",
+    "image_embeds",
+    "predicted_depth",
+    "feature_maps",
+    "last_hidden_state",
+)
 _RESAVE = "Load only checkpoints written by manyheads.save()."
 
 
@@ -150,7 +160,7 @@ class HuggingFaceViT(Host):
         return feed_images(model, root, images)
 
     def output(self, result: Any) -> Tensor:
-        """Give logits, an image embedding, feature maps or all tokens: the first of it.
+        """Give the first that there is: picture, logits, embedding, maps or tokens.
 
         Raises:
             ManyheadsError: The model returned none of these.
@@ -159,7 +169,7 @@ class HuggingFaceViT(Host):
             result = result[0]
         if isinstance(result, Tensor):
             return result
-        for name in ("logits", "image_embeds", "feature_maps", "last_hidden_state"):
+        for name in _OUTPUTS:
             value = getattr(result, name, None)
             if value is not None:
                 tensor: Tensor = value[-1] if isinstance(value, tuple) else value
