@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.test_loop import assert_same, model, run
 
 KILLS = {"train": 24, "heal": 24}
 
@@ -50,3 +53,16 @@ def test_killed_at_random_points_a_run_ends_with_the_same_bits(
             assert rows(tmp_path / name / log) == rows(tmp_path / "straight" / log)
         assert not list((tmp_path / name).glob(".writing*"))
         assert len(list((tmp_path / name).glob("step-*"))) == 2
+
+
+def test_a_step_too_many_goes_when_the_run_is_opened_again(tmp_path: Path) -> None:
+    """As a kill leaves it that falls between writing a step and retiring an older."""
+    finished, folder = model(), tmp_path / "run"
+    run(finished, folder, epochs=1, checkpoint_every=2)
+    older, newer = sorted(folder.glob("step-*"))
+    shutil.copytree(older, folder / "step-1.0")
+    again = model()
+    run(again, folder, epochs=1, checkpoint_every=2)
+    assert sorted(folder.glob("step-*")) == [older, newer]
+    assert not list(folder.glob(".writing*"))
+    assert_same(again, finished)

@@ -20,7 +20,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +134,7 @@ class Journal:
                 _flush(file)
             draft.rename(target)
             _flush(self.folder)
-            for step in earlier[: 1 - KEPT]:
-                # Under another name first, so that no half of it can be picked up.
-                step.rename(self.folder / f"{_DRAFT}{step.name}")
+            self._retire(earlier[: 1 - KEPT])
         except (OSError, SafetensorError, RuntimeError) as error:
             raise self._unwritable(error) from error
         finally:
@@ -167,6 +165,9 @@ class Journal:
                 )
                 for damaged in steps[steps.index(step) + 1 :]:
                     shutil.rmtree(damaged)
+            # A run that was killed between writing a step and this left one too many.
+            self._retire(steps[: steps.index(step) + 1][:-KEPT])
+            self._remove_drafts()
             return state
         if problems:
             raise self._error(
@@ -174,6 +175,11 @@ class Journal:
                 f"Remove {' and '.join(map(str, steps))} to start the run again.",
             )
         return None
+
+    def _retire(self, steps: Sequence[Path]) -> None:
+        for step in steps:
+            # Under another name first, so that no half of it can be picked up.
+            step.rename(self.folder / f"{_DRAFT}{step.name}")
 
     def _steps(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.*"), key=_position)
