@@ -4,10 +4,10 @@
     warm-up         a twentieth of the stage
     refit           512 images where nothing is trained, and none before training
 
-These are what brought most back in the study of `docs/accuracy.md`, on models of 64
-features, where the rate is 2e-3. That it falls with the width is how the best rate of
-Adam for hidden matrices scales (Yang et al. 2022, arXiv 2203.03466); here it is a
-choice that was not measured at other widths.
+Of the ways that `docs/accuracy.md` records, on models of 64 features, where the rate is
+2e-3, these brought most back over all models. That the rate falls with the width is how
+the best one of Adam for hidden matrices scales (Yang et al. 2022, arXiv 2203.03466);
+here it is a choice that was not measured at other widths.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ class Journal:
                 for damaged in steps[steps.index(step) + 1 :]:
                     shutil.rmtree(damaged)
             # A run that was killed between writing a step and this left one too many.
-            self._retire(steps[: steps.index(step) + 1][:-KEPT])
+            self._retire(self._steps()[:-KEPT])
             self._remove_drafts()
             return state
         if problems:
