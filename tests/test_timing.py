@@ -105,6 +105,8 @@ def test_conditions_tell_what_moves_memory_and_threads(
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
     monkeypatch.setenv("LD_PRELOAD", "/some/folder/liballocator.so")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # As scikit-learn does when it is imported.
+    monkeypatch.setenv("KMP_INIT_AT_FORK", "FALSE")
     told = conditions(torch.device("cpu"), torch.float32)["settings"]
     assert told == {"LD_PRELOAD": "liballocator.so", "MALLOC_MMAP_MAX_": "0"}
 
