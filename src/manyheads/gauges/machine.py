@@ -21,8 +21,8 @@ __all__ = ["conditions", "processor"]
 
 # What the environment tells the allocator and the threads. A tensor of a large image is
 # above the 32 MiB to which glibc keeps freed memory by itself: every one is then new
-# memory, whose pages the system clears first, unless MALLOC_* say otherwise. Two of KMP_*
-# are not the user's: scikit-learn sets them when it is imported, and neither moves time.
+# memory, whose pages the system clears first, unless MALLOC_* say otherwise. Two that
+# scikit-learn sets when it is imported are left out: they move neither.
 _SETTINGS = re.compile(
     r"MALLOC_\w+|GLIBC_TUNABLES|LD_PRELOAD|OMP_(?!NUM_THREADS)\w+"
     r"|KMP_(?!DUPLICATE_LIB_OK|INIT_AT_FORK)\w+|GOMP_\w+"
