@@ -36,11 +36,9 @@ _WIDEST = 8192
 # a tile cost nothing beside it.
 _TILE_BYTES = 64 * 2**20
 # Long images go by in tiles that stay in the caches of the threads from one operation
-# to the next; shorter ones fit the last cache as a whole. With that, two threads went
-# from 0.46 to 0.52 of the copy rate at 8,160 tokens of 768 features (the two records of
-# hydra_core_d768, output given). The price is paid on a busy machine, where the threads
-# wait for each other after every operation.
-_CACHED_TILE_BYTES, _CACHED_FROM_BYTES = 3 * 2**18, 2**24
+# to the next; shorter ones fit the last cache as a whole. The price is paid on a busy
+# machine, where the threads wait for each other after every operation.
+_CACHED_TILE_BYTES, _CACHED_FROM_BYTES = 3 * 2**17, 2**23
 
 _Tile = tuple[slice, slice]
 
@@ -244,10 +242,16 @@ def _summary(x: Tensor, y: Tensor, key_mask: Tensor | None, buffer: Tensor) -> T
     """Sum unit(x_n) * y_n over tokens, in the buffer's type: [B, 1, D]."""
     summary = buffer.new_zeros(x.shape[0], 1, x.shape[2])
     for tile in tiles(x):
-        room = _room(buffer, x[tile])
-        wide = _widened(x[tile], room)
-        weight = _inverse_length(wide, key_mask, tile)
-        product = torch.mul(wide, y[tile], out=room)
+        part = x[tile]
+        room = _room(buffer, part)
+        if room.dtype is part.dtype:
+            # The product streams both in, and the lengths then find x in the cache; the
+            # other way round took a tenth longer.
+            product = torch.mul(part, y[tile], out=room)
+            weight = _inverse_length(part, key_mask, tile)
+        else:
+            weight = _inverse_length(room.copy_(part), key_mask, tile)
+            product = room.mul_(y[tile])
         if key_mask is not None:
             # What is masked may hold anything, and zero times infinity is not zero.
             product.masked_fill_(~key_mask[tile][..., None], 0.0)
@@ -264,14 +268,15 @@ def _gate(
 ) -> None:
     """Write unit(x_n) * factor to `out`."""
     for tile in tiles(x):
-        room = _room(buffer, x[tile])
-        wide = _widened(x[tile], room)
-        weight = _inverse_length(wide, key_mask, tile)
         # In half types 1 / |x| alone may overflow; the product, in `room`, does not.
-        target = out[tile] if out.dtype is room.dtype else room
-        torch.mul(wide, factor[tile[0]], out=target).mul_(weight[..., None])
-        if target is room:
-            out[tile].copy_(room)
+        wide = out[tile]
+        if wide.dtype is not buffer.dtype:
+            wide = _room(buffer, wide)
+        # A copy streams x in fastest; what follows finds it in the cache.
+        weight = _inverse_length(wide.copy_(x[tile]), key_mask, tile)
+        wide.mul_(factor[tile[0]]).mul_(weight[..., None])
+        if out.dtype is not wide.dtype:
+            out[tile].copy_(wide)
 
 
 def _through_unit(
@@ -286,9 +291,9 @@ def _through_unit(
     for tile in tiles(x):
         room = _room(buffer, x[tile])
         wide = x[tile].to(room.dtype)
-        weight = _inverse_length(wide, key_mask, tile)
         pulled = out[tile] if out.dtype is room.dtype else room
         torch.mul(grad[tile], factor[tile[0]], out=pulled)
+        weight = _inverse_length(wide, key_mask, tile)
         along = torch.linalg.vecdot(wide, pulled).mul_(weight).mul_(weight)
         pulled.addcmul_(wide, along[..., None], value=-1).mul_(weight[..., None])
         if pulled is room:
@@ -321,11 +326,6 @@ def _room(buffer: Tensor, x: Tensor) -> Tensor:
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """Name the type of sums."""
     return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def _widened(x: Tensor, room: Tensor) -> Tensor:
-    """Give a tile in the type of sums, copied only if it has another."""
-    return x if x.dtype is room.dtype else room.copy_(x)
 
 
 @register_flop_formula([torch.ops.manyheads.hydra])
