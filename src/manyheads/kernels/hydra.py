@@ -38,7 +38,7 @@ _TILE_BYTES = 64 * 2**20
 # Long images go by in tiles that stay in the caches of the threads from one operation
 # to the next; shorter ones fit the last cache as a whole. The price is paid on a busy
 # machine, where the threads wait for each other after every operation.
-_CACHED_TILE_BYTES, _CACHED_FROM_BYTES = 3 * 2**17, 2**23
+_CACHED_TILE_BYTES, _CACHED_FROM_BYTES = 2**19, 2**22
 
 _Tile = tuple[slice, slice]
 
