@@ -217,7 +217,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "blocks_only": BASE | {"block_epochs": 1, "logit_epochs": 0},
     "features": BASE | {"feature_weight": 1.0},
     "temperature_2": BASE | {"temperature": 2.0},
-    "4_passes": BASE | {"logit_epochs": 4},
     "new_rate_1e-2": BASE | {"learning_rate": 1e-2, "inherited_rate_factor": 0.2},
     "refit_rate_1e-3_warmup_0.5": FIRST,
     "rate_1e-3_warmup_0.5": FIRST | {"refit_images": 0},
@@ -230,7 +229,7 @@ ORDERS = {
     "first_blocks_first": ((0, 1), (2, 3), (4, 5)),
 }
 # How a gap closes with work, beyond the tenth that the targets allow.
-LONGER = {"twice_the_work": 0.2, "four_times_the_work": 0.4}
+LONGER = {"twice_the_work": 0.2}
 STUDIED = ("hydra_all", "hallucinated_compact", "interactive_after")
 
 
