@@ -246,7 +246,7 @@ def _summary(x: Tensor, y: Tensor, key_mask: Tensor | None, buffer: Tensor) -> T
         room = _room(buffer, part)
         if room.dtype is part.dtype:
             # The product streams both in, and the lengths then find x in the cache; the
-            # other way round took a tenth longer.
+            # other way round is slower.
             product = torch.mul(part, y[tile], out=room)
             weight = _inverse_length(part, key_mask, tile)
         else:
