@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -140,6 +141,39 @@ def test_a_killed_run_goes_on_from_what_it_kept(
     terminal.json("train", "--config", str(run / "config.json"))
     terminal.json(*words, "--out", str(tmp_path / "whole"))
     assert _equal(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_signal_to_the_whole_group_stops_a_run_and_its_workers(
+    terminal: Terminal, teacher: str, pictures: str, tmp_path: Path
+) -> None:
+    """As Ctrl-C and torchrun signal: workers must not die before the run is saved."""
+    words = ["train", teacher, pictures, "--epochs", "400", "--batch-size", "2"]
+    words += [
+        "--num-workers",
+        "2",
+        "--log-every",
+        "1",
+        "--checkpoint-every",
+        "100000",
+        "--no-progress",
+    ]
+    run, logged = tmp_path / "run", tmp_path / "run" / "steps.csv"
+    stopped = ["--out", str(tmp_path / "stopped"), "--run-dir", str(run)]
+    process = subprocess.Popen(
+        [*PROGRAM, *words, *stopped],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while process.poll() is None and not (
+        logged.is_file() and len(logged.read_text().splitlines()) > 4
+    ):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert len(list(run.glob("step-*"))) == 1
+    assert "mistake" not in said
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ start again in the middle of an epoch, and several processes can share every bat
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -216,6 +217,7 @@ class ImageSource:
             collate_fn=_as_list,
             num_workers=num_workers,
             generator=torch.Generator().manual_seed(0),
+            worker_init_fn=_pass_over_signals,
         )
         return iter(loader)
 
@@ -324,3 +326,14 @@ def _tensor_problem(image: object, shape: torch.Size) -> str | None:
 
 def _as_list(items: list[Item]) -> list[Item]:
     return items
+
+
+def _pass_over_signals(_: int) -> None:
+    """Leave it to the process that asked for images to stop, and when.
+
+    Ctrl-C and `torchrun` signal a whole group of processes. Workers that died of it
+    would fail the run in the middle of a step, before it is saved. They end with the
+    iterator, and by themselves where the process above them is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
