@@ -326,11 +326,13 @@ def test_another_teacher_is_another_run(tmp_path: Path) -> None:
         {"feature_weight": -1.0},
         {"learning_rate": 0.0},
         {"batch_size": 0},
+        {"num_workers": -1},
+        {"warmup_epochs": 9},
         {"block_epochs": 0, "logit_epochs": 0},
     ],
     ids=str,
 )
-def test_a_number_out_of_range_is_refused_by_name(change: dict[str, float]) -> None:
+def test_a_value_out_of_range_is_refused_by_name(change: dict[str, object]) -> None:
     student, teacher = pair()
     with pytest.raises(InvalidOption) as caught:
         heal(student, teacher, noise(), **QUICK | change)

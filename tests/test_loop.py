@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import resource
@@ -12,11 +13,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import manyheads as mh
 from manyheads.errors import (
     CheckpointError,
     InvalidOption,
@@ -376,11 +379,27 @@ def test_without_accelerate_the_install_line_is_given(
         ("checkpoint_every", 0),
         ("weight_decay", -0.1),
         ("warmup_epochs", -1.0),
+        ("warmup_epochs", 50),
+        ("num_workers", -1),
     ],
 )
-def test_a_number_out_of_range_is_refused_by_name(name: str, value: float) -> None:
+def test_a_value_out_of_range_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(InvalidOption, match=f"{name}="):
         run(model(), **{name: value})
+
+
+@pytest.mark.parametrize("value", ["deit", "none", None])
+@pytest.mark.parametrize("verb", [mh.train, mh.heal])
+def test_the_name_of_an_augmentation_is_none(
+    verb: Callable[..., Any], value: object
+) -> None:
+    """Only the terminal reads names; in Python one would have stood for True."""
+    models = (model(),) if verb is mh.train else (model(), model())
+    options = {"epochs": 1} if verb is mh.train else {}
+    # Without the check of annotations that tests have and users do not.
+    bare = inspect.unwrap(verb)
+    with pytest.raises(InvalidOption, match="augment="):
+        bare(*models, images(), augment=value, **options)
 
 
 def test_the_configuration_of_a_run_can_be_read(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def test_rates_fall_with_the_width_of_the_widest_block(name: str, width: int) ->
 def test_what_is_said_stays() -> None:
     sites = find_host(tiny_vit())[1]
     said = NOTHING_SAID | {"refit_images": 7, "learning_rate": 5e-4, "warmup_epochs": 3}
+    said |= {"logit_epochs": 10}
     found = paced(said, sites)
     assert (found["refit_images"], found["learning_rate"]) == (7, 5e-4)
     assert warmup_of(found, 10) == 3

@@ -32,7 +32,7 @@ from manyheads.hosts import Host, find_host, host_named
 from manyheads.recipe import Recipe
 from manyheads.surgery import apply_swaps, blank_copy, current_recipe, plan_swaps
 
-__all__ = ["load", "save"]
+__all__ = ["load", "require_free", "save"]
 
 FORMAT = "manyheads.checkpoint"
 VERSION = 1
@@ -60,13 +60,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
             folder holds something else, or it cannot be written.
     """
     target = Path(path)
-    if target.exists() and not (target / CARD).is_file():
-        raise CheckpointError(
-            asked=f"saving to {target}",
-            found="something that is no manyheads checkpoint is there",
-            why="nothing of yours is overwritten",
-            fix="Choose a new folder name.",
-        )
+    require_free(target)
     host, sites = find_host(model)
     recipe = current_recipe(sites, plain=Softmax())
     card = {
@@ -88,6 +82,30 @@ def save(model: nn.Module, path: str | Path) -> Path:
             (folder / name).write_text(text, encoding="utf-8")
         _require_equal(model, load(folder), target)
     return target
+
+
+def require_free(target: Path) -> None:
+    """See that a model can be written there, before long work is done for it.
+
+    Raises:
+        CheckpointError: Something else is there, or no folder can be made there.
+    """
+    if target.exists() and not (target / CARD).is_file():
+        raise CheckpointError(
+            asked=f"saving to {target}",
+            found="something that is no manyheads checkpoint is there",
+            why="nothing of yours is overwritten",
+            fix="Choose a new folder name.",
+        )
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        found = "you may not write to it" if above.is_dir() else "it is a file"
+        raise CheckpointError(
+            asked=f"saving to {target}",
+            found=found,
+            where=str(above),
+            fix="Choose a folder that you may write to.",
+        )
 
 
 def load(path: str | Path) -> nn.Module:

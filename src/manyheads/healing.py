@@ -26,7 +26,13 @@ from torch import nn
 from manyheads.data import Augmentation, Images, ImageSource, image_source
 from manyheads.errors import InvalidOption
 from manyheads.loop import Run
-from manyheads.loop.stages import RunOptions, Stage, StageRecord, require_positive
+from manyheads.loop.stages import (
+    RunOptions,
+    Stage,
+    StageRecord,
+    require_augment,
+    require_positive,
+)
 from manyheads.loop.weights import fingerprint, keeping_modes
 from manyheads.pacing import paced, trains, warmup_of
 from manyheads.pairing import Pair
@@ -165,10 +171,11 @@ def heal(
     calibration, for people who do not train. Before training it cost hallucinated
     attention accuracy and changed little elsewhere, and is done only if asked for.
 
-    The papers do not fix any of this. The defaults are what brought most back in the
-    study of `docs/accuracy.md`, where other ways stand beside them; see
-    `manyheads.pacing` for the rates. Processes share a run, and a run goes on after an
-    interruption, as in `train`.
+    The papers do not fix any of this. Stages, rates and warm-up are those that brought
+    most back in the study of `docs/accuracy.md`, where other ways stand beside them;
+    see `manyheads.pacing`. The number of epochs and the augmentation of pictures were
+    not studied: there one pass over new images was all that the work allowed.
+    Processes share a run, and a run goes on after an interruption, as in `train`.
 
     Cost: a step of stage one is the teacher's forward pass and forward and backward
     of the converted blocks; one of stage two, the teacher's forward and the student's
@@ -195,8 +202,8 @@ def heal(
             of the widest block.
         learning_rate: Highest rate of stage two; None for the same.
         weight_decay: Of both stages.
-        warmup_epochs: Epochs in which the rate of a stage rises; None for a twentieth
-            of it.
+        warmup_epochs: Epochs in which the rate of a stage rises, no more than it has;
+            None for a twentieth of it.
         temperature: Flattens both models' scores before they are compared.
         feature_weight: Weight of the last block's outputs in stage two.
         inherited_rate_factor: Factor of both rates for parameters that the teacher has
@@ -382,6 +389,7 @@ def _both(
 def _require_sound(
     config: dict[str, Any], factor: float | int, ema_decay: float | int | None
 ) -> None:
+    require_augment(config["augment"])
     require_positive("inherited_rate_factor", factor, zero=True)
     if ema_decay is not None and not trains(config):
         raise InvalidOption(

@@ -17,7 +17,7 @@ from typing import Any
 
 from manyheads.errors import InvalidOption
 from manyheads.hosts import Site
-from manyheads.loop.stages import require_positive
+from manyheads.loop.stages import require_positive, require_warmup
 
 __all__ = ["paced", "rate_at", "trains", "warmup_of"]
 
@@ -77,4 +77,5 @@ def _require_sound(config: Mapping[str, Any]) -> None:
     for name in (*names, "feature_weight"):
         require_positive(name, config[name], zero=True)
     if config["warmup_epochs"] is not None:
-        require_positive("warmup_epochs", config["warmup_epochs"], zero=True)
+        for stage in ("block_epochs", "logit_epochs"):
+            require_warmup(config["warmup_epochs"], config[stage], stage)

@@ -23,7 +23,12 @@ from manyheads.loop.accuracy import (
 from manyheads.loop.devices import Processes, require_precision
 from manyheads.loop.labelling import LabelTask
 from manyheads.loop.lessons import Lesson
-from manyheads.loop.stages import RunOptions, require_positive
+from manyheads.loop.stages import (
+    RunOptions,
+    require_augment,
+    require_positive,
+    require_warmup,
+)
 from manyheads.loop.weights import fingerprint, keeping_modes
 
 __all__ = ["DEIT", "DEIT_MODEL", "Evaluated", "Trained", "evaluate", "train"]
@@ -148,7 +153,7 @@ def train(
         batch_size: Images per step, all processes and parts together.
         learning_rate: Highest rate.
         weight_decay: Of matrices.
-        warmup_epochs: Epochs in which the rate rises.
+        warmup_epochs: Epochs in which the rate rises; no more than there are.
         layer_decay: Factor by which the rate falls from layer to layer, from the
             classifier down; None for one rate.
         max_grad_norm: Length to which longer gradients are cut; None for any length.
@@ -206,6 +211,7 @@ def train(
         tensorboard=tensorboard,
         sharded=sharded,
     )
+    require_augment(augment)
     config: dict[str, Any] = {
         "verb": "train",
         "epochs": epochs,
@@ -285,6 +291,7 @@ def evaluate(
         MissingExtra: It was started as several processes, and accelerate is missing.
     """
     require_positive("batch_size", batch_size)
+    require_positive("num_workers", num_workers, zero=True)
     require_precision(model, precision)
     source, _ = labelled_source(model, images, max_unreadable, held_out=True)
     processes = Processes("evaluating", required=False)
@@ -325,5 +332,5 @@ def _require_sound(config: dict[str, Any], *, sharded: bool) -> None:
         )
     for name in ("epochs", "learning_rate"):
         require_positive(name, config[name])
-    for name in ("weight_decay", "warmup_epochs"):
-        require_positive(name, config[name], zero=True)
+    require_positive("weight_decay", config["weight_decay"], zero=True)
+    require_warmup(config["warmup_epochs"], config["epochs"], "epochs")

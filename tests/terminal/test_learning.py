@@ -72,12 +72,13 @@ def test_a_file_gives_what_the_command_line_does_not(
 
 
 def test_the_example_of_the_documentation_runs(
-    terminal: Terminal, teacher: str, pictures: str, tmp_path: Path
+    terminal: Terminal, pictures: str, tmp_path: Path
 ) -> None:
     example = Path(__file__).parents[2] / "examples" / "train.toml"
     places = ("--run-dir", str(tmp_path / "run"), "--out", str(tmp_path / "out"))
     smaller = ("--epochs", "1", "--validation", pictures, *QUICK)
-    words = ("train", teacher, pictures, "--config", str(example))
+    smaller += ("--model-arguments", "num_classes=10,img_size=32")
+    words = ("train", "test_vit", pictures, "--config", str(example))
     assert terminal.json(*words, *places, *smaller)["config"]["learning_rate"] == 1e-3
 
 
@@ -226,13 +227,13 @@ def test_deit_s_published_values_stand_below_the_file_and_the_words(
     file = tmp_path / "run.toml"
     file.write_text('recipe = "deit"\nweight_decay = 0.125\nepochs = 7\n')
     code, out, err = terminal(
-        *("train", teacher, pictures, "--config", str(file), "--epochs", "1"),
+        *("train", teacher, pictures, "--config", str(file), "--epochs", "6"),
         *("--out", str(tmp_path / "out"), *QUICK, "--json"),
     )
     assert code == 0, err
     config = json.loads(out)["config"]
     assert (config["recipe"], config["batch_size"]) == ("deit", 10)
-    assert (config["weight_decay"], config["epochs"]) == (0.125, 1)
+    assert (config["weight_decay"], config["epochs"]) == (0.125, 6)
     assert (config["learning_rate"], config["warmup_epochs"]) == (1e-3, 5)
     assert (config["max_grad_norm"], config["ema_decay"]) == (None, 0.99996)
     augment = config["augment"]

@@ -71,6 +71,7 @@ WORDS = {word.name: word for word in words_of(verb)}
         ("limit", "none", None),
         ("augment", "false", False),
         ("augment", "flip=0.25,times=2", Jitter(flip=0.25, times=2)),
+        ("augment", "area=0.5,1.0,times=2", Jitter(area=(0.5, 1.0), times=2)),
         ("augment", "strong", Jitter(times=3)),
         ("mode", "hard", "hard"),
         ("stages", "3,4,5", (3, 4, 5)),

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from manyheads import healing, training
-from manyheads.checkpoint import save
+from manyheads.checkpoint import require_free, save
 from manyheads.errors import InvalidOption, nearest
 from manyheads.terminal.console import is_first_process, note, show
 from manyheads.terminal.options import REQUIRED, Word, words_of
@@ -68,6 +68,20 @@ _PRETRAINED = Word(
     positional=False,
     told="Published weights for a timm name, or random ones.",
 )
+_TEACHER_PRETRAINED = Word(
+    name="teacher_pretrained",
+    kinds=(bool, type(None)),
+    default=None,
+    positional=False,
+    told="The same for the teacher alone, where it is to be otherwise.",
+)
+_ARGUMENTS = Word(
+    name="model_arguments",
+    kinds=(dict, type(None)),
+    default=None,
+    positional=False,
+    told="How a timm name is built, e.g. num_classes=10,img_size=128.",
+)
 _RECIPE = Word(
     name="recipe",
     kinds=(str, type(None)),
@@ -103,7 +117,8 @@ def _command(
     """
     own = words_of(verb)
     words = (*own, *((_OUT,) if writes else ()), _PRETRAINED)
-    words += (_RECIPE,) if recipes is not None else ()
+    words += (_TEACHER_PRETRAINED,) if any(w.name == "teacher" for w in own) else ()
+    words += (_ARGUMENTS, _RECIPE) if recipes is not None else ()
 
     def command(**typed: Any) -> None:
         as_json, config = typed.pop("as_json"), typed.pop("config")
@@ -113,12 +128,14 @@ def _command(
         values = settle(
             words, verb.__name__, typed=typed, file=file, recipe=recipe.options
         )
+        if writes:
+            _require_place(Path(values["out"]), values["run_dir"])
         opened = {
             word.name: _opened(word, values, recipe)
             for word in own
             if word.is_model and values[word.name] is not None
         }
-        again = written(verb.__name__, values)
+        again = written(verb.__name__, words, values)
         arguments = {word.name: values[word.name] for word in own}
         arguments |= {name: one.model for name, one in opened.items()}
         first = is_first_process()
@@ -163,15 +180,41 @@ def _call(
 
 def _opened(word: Word, values: Mapping[str, Any], recipe: Published) -> NamedModel:
     """Open a model; the one that learns is built as the recipe builds it."""
-    learns = word.positional
-    arguments = dict(recipe.model) if learns else {}
+    learns, pretrained = word.name != "teacher", values["pretrained"]
+    if not learns and values["teacher_pretrained"] is not None:
+        pretrained = values["teacher_pretrained"]
+    said = (values.get(_ARGUMENTS.name) or {}) if learns else {}
+    arguments = {**recipe.model, **said} if learns else {}
     opened = open_model(
-        values[word.name], pretrained=values["pretrained"], arguments=arguments
+        values[word.name],
+        pretrained=pretrained,
+        arguments=arguments,
+        seed=values.get("seed", 0),
     )
     if arguments and opened.weights == "folder":
         told = ", ".join(f"{name}={value}" for name, value in arguments.items())
+        if said:
+            raise InvalidOption(
+                asked=f"{opened.name} with {told}",
+                found="it is a folder, whose model is built already",
+                fix="Leave --model-arguments out, or name a model of timm.",
+            )
         note(f"Warning: {opened.name} is a folder and stays as built, without {told}.")
     return opened
+
+
+def _require_place(out: Path, run_dir: str | Path | None) -> None:
+    """See that the model can be written when the work is done."""
+    require_free(out)
+    if run_dir is None:
+        return
+    place, run = out.resolve(), Path(run_dir).resolve()
+    if place == run or place in run.parents:
+        raise InvalidOption(
+            asked=f"--out {out} with --run-dir {run_dir}",
+            found="the model would take the place of the run",
+            fix="Give --out a folder of its own.",
+        )
 
 
 def _recipe(name: str, known: Mapping[str, Published]) -> Published:

@@ -148,11 +148,9 @@ def _teacher(effort: Effort, *, channels: int) -> nn.Module:
         "num_classes": 10,
         "in_chans": channels,
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return open_model(
-            "vit_tiny_patch16_224", pretrained=False, arguments=arguments
-        ).model
+    return open_model(
+        "vit_tiny_patch16_224", pretrained=False, arguments=arguments, seed=0
+    ).model
 
 
 def _heal(

@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from manyheads.errors import CheckpointError, UnknownModel
+from manyheads.errors import CheckpointError, InvalidOption, UnknownModel
 
 __all__ = ["create"]
 
 
-def create(name: str, *, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
+def create(
+    name: str, *, pretrained: bool, arguments: dict[str, Any], seed: int
+) -> nn.Module:
     """Build a registered model, in evaluation mode.
 
     Args:
@@ -20,12 +22,16 @@ def create(name: str, *, pretrained: bool, arguments: dict[str, Any]) -> nn.Modu
             "deit_small_patch16_224.fb_in1k".
         pretrained: Whether to fetch the published weights; random ones otherwise.
         arguments: Arguments of the architecture.
+        seed: Of what is random: all weights, or those of a classifier that does not
+            fit the published one.
 
     Raises:
         UnknownModel: timm registers no such model.
+        InvalidOption: The architecture does not take these arguments.
         CheckpointError: The weights are not at hand and cannot be fetched.
     """
     import timm
+    import torch
 
     if not timm.is_model(name):
         close = get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
@@ -38,7 +44,21 @@ def create(name: str, *, pretrained: bool, arguments: dict[str, Any]) -> nn.Modu
             "written by manyheads.save().",
         )
     try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: nn.Module = timm.create_model(
+                name, pretrained=pretrained, **arguments
+            )
+    except (TypeError, ValueError, AssertionError) as error:
+        if not arguments:
+            raise
+        told = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise InvalidOption(
+            asked=f"{name} with {told}",
+            found=f"timm cannot build it: {error}",
+            fix="Use arguments of timm.create_model, such as num_classes=10 or "
+            "img_size=128.",
+        ) from error
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise

@@ -160,8 +160,9 @@ def labelled_source(
             found=f"it has {len(source.classes)} class subfolders and the model names "
             f"{scores.shape[1]} classes",
             why="a label is the position of its folder's name among all, sorted",
-            fix=f"Build the model with num_classes={len(source.classes)}, or give a "
-            "folder with every class.",
+            fix=f"Build the model with num_classes={len(source.classes)}, in the "
+            f"terminal with --model-arguments num_classes={len(source.classes)}, or "
+            "give a folder with every class.",
         )
     return source, scores.shape[1]
 

@@ -18,8 +18,10 @@ __all__ = [
     "RunOptions",
     "Stage",
     "StageRecord",
+    "require_augment",
     "require_positive",
     "require_share",
+    "require_warmup",
 ]
 
 Losses = Mapping[str, Tensor]
@@ -139,6 +141,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         for name in ("batch_size", "checkpoint_every", "accumulation", "log_every"):
             require_positive(name, getattr(self, name))
+        require_positive("num_workers", self.num_workers, zero=True)
         if self.max_grad_norm is not None:
             require_positive("max_grad_norm", self.max_grad_norm)
         for name in ("ema_decay", "layer_decay"):
@@ -183,6 +186,37 @@ def _unshardable(options: RunOptions, count: int) -> str | None:
     if options.precision == "fp16":
         return "the scale of a float16 loss is not shared between shards"
     return None
+
+
+def require_augment(value: object) -> None:
+    """Refuse what says nothing of augmentation, such as the name of one.
+
+    Raises:
+        InvalidOption: It is neither a truth value nor an augmentation.
+    """
+    if not isinstance(value, bool | Augmentation):
+        raise InvalidOption(
+            asked=f"augment={value!r}",
+            found=f"it is a {type(value).__name__}",
+            why="it is True, False, or what happens to images",
+            fix="Use augment=Augmentation.deit() of manyheads.data, or another of its "
+            "ready ones.",
+        )
+
+
+def require_warmup(value: float | int, epochs: int, name: str) -> None:
+    """Refuse a warm-up that is longer than what it leads to.
+
+    Raises:
+        InvalidOption: The rate would never reach its height.
+    """
+    require_positive("warmup_epochs", value, zero=True)
+    if value > epochs > 0:
+        raise InvalidOption(
+            asked=f"warmup_epochs={value}, {name}={epochs}",
+            found="the rate would still rise when it is over",
+            fix=f"Use warmup_epochs={epochs / 20:g}, a twentieth of it.",
+        )
 
 
 def require_share(name: str, value: float | int | None) -> None:

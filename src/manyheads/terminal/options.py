@@ -68,6 +68,11 @@ class Word:
         """Whether it is a model, which the terminal opens by name."""
         return any(_is_class(kind, nn.Module) for kind in self.kinds)
 
+    @property
+    def may_be_path(self) -> bool:
+        """Whether its text may name a file or folder that is there."""
+        return self.is_model or Path in self.kinds
+
     def parameter(self) -> inspect.Parameter:
         """Give what typer makes an option or an argument of; None stands for absent."""
         kind = self._typed()
@@ -109,6 +114,8 @@ class Word:
     def _metavar(self, kind: Any) -> str | None:
         """Say what text stands for where typer would say no more than text."""
         numbers = {int, float} & set(self.kinds)
+        if dict in self.kinds:
+            return "KEY=VALUE,..."
         return "NUMBER|none" if kind is str and numbers else None
 
 
@@ -194,6 +201,8 @@ def _as_kind(value: Any, kind: Any, where: str) -> tuple[bool, Any]:
         return number and not isinstance(value, bool), value
     if kind in (str, Path) or _is_class(kind, nn.Module):
         return isinstance(value, str), value
+    if kind is dict:
+        return isinstance(value, Mapping), value
     if is_dataclass(kind) and isinstance(value, Mapping):
         return True, _built(kind, value, where)
     if is_dataclass(kind) and isinstance(value, str):
@@ -275,11 +284,20 @@ def _built(kind: Any, value: Mapping[str, Any], where: str) -> Any:
 
 
 def _from_text(text: str) -> Any:
-    """Read ``key=value,key=value`` as a table, commas as a list, else one value."""
+    """Read ``key=value,key=value`` as a table, commas as a list, else one value.
+
+    In a table ``key=0.5,1.0`` is a list: what has no key belongs to the last one.
+    """
     parts = text.split(",")
-    if all("=" in part for part in parts):
-        pairs = (part.partition("=") for part in parts)
-        return {key.strip(): read_value(value) for key, _, value in pairs}
+    if "=" in parts[0]:
+        table: dict[str, list[Any]] = {}
+        for part in parts:
+            key, equals, value = part.partition("=")
+            if equals:
+                table[key.strip()] = [read_value(value)]
+            else:
+                next(reversed(table.values())).append(read_value(part))
+        return {key: v[0] if len(v) == 1 else v for key, v in table.items()}
     return read_value(text) if len(parts) == 1 else [read_value(p) for p in parts]
 
 
@@ -293,7 +311,7 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 
 
 def _is_tellable(kind: Any) -> bool:
-    plain = kind in (bool, int, float, str, Path) or get_origin(kind) is Literal
+    plain = kind in (bool, int, float, str, Path, dict) or get_origin(kind) is Literal
     settings = is_dataclass(kind) and not _is_class(kind, Tensor)
     return plain or settings or get_origin(kind) in _LISTS or _is_class(kind, nn.Module)
 
@@ -315,6 +333,8 @@ def _described(kinds: Sequence[Any]) -> str:
         elif is_dataclass(kind) and isinstance(kind, type):
             told += [repr(name) for name in _presets(kind)]
             told.append(f"a table of {', '.join(f.name for f in fields(kind))}")
+        elif kind is dict:
+            told.append("a table such as key=value,key=value")
         elif get_origin(kind) in _LISTS:
             told.append("a list")
     return " or ".join(dict.fromkeys(told))

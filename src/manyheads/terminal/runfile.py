@@ -116,10 +116,13 @@ def settle(
     return {word.name: settled[word.name] for word in words}
 
 
-def written(command: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def written(
+    command: str, words: Sequence[Word], values: Mapping[str, Any]
+) -> dict[str, Any]:
     """Give a command with all its values as the file that repeats it.
 
-    Paths of what is there are made absolute, so that the file works from anywhere.
+    Models and images that are paths of what is there are made absolute, so that the
+    file works from anywhere.
     """
     head = {
         "format": FORMAT,
@@ -128,7 +131,8 @@ def written(command: str, values: Mapping[str, Any]) -> dict[str, Any]:
         "versions": _versions(),
     }
     plain = {name: plain_value(value) for name, value in values.items()}
-    for name, value in plain.items():
+    for name in (word.name for word in words if word.may_be_path):
+        value = plain[name]
         if isinstance(value, str):
             # A source of images may name a part of it: photos[test].
             place, bracket, part = value.partition("[")

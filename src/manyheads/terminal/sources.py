@@ -52,7 +52,11 @@ class NamedModel:
 
 
 def open_model(
-    name: str, *, pretrained: bool = True, arguments: dict[str, Any] | None = None
+    name: str,
+    *,
+    pretrained: bool = True,
+    arguments: dict[str, Any] | None = None,
+    seed: int = 0,
 ) -> NamedModel:
     """Give the model of a folder that `save` wrote, or a registered one.
 
@@ -62,9 +66,11 @@ def open_model(
         name: Folder, or registered name such as "deit_small_patch16_224".
         pretrained: For a registered name, published weights rather than random ones.
         arguments: For a registered name, arguments of the architecture.
+        seed: For a registered name, of the weights that are random.
 
     Raises:
         UnknownModel: There is neither such a folder nor such a name.
+        InvalidOption: The architecture does not take these arguments.
         CheckpointError: The folder holds no checkpoint of ours, or the published
             weights are out of reach.
     """
@@ -78,7 +84,9 @@ def open_model(
             fix="Give a folder written by manyheads.save(), or a registered name such "
             "as deit_small_patch16_224.",
         )
-    model = timm_zoo.create(name, pretrained=pretrained, arguments=arguments or {})
+    model = timm_zoo.create(
+        name, pretrained=pretrained, arguments=arguments or {}, seed=seed
+    )
     weights: Weights = "pretrained" if pretrained else "random"
     return NamedModel(name=name, model=model, weights=weights)
 
