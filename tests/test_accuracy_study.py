@@ -245,6 +245,14 @@ def test_what_there_is_and_what_is_done_can_be_listed(
     assert [line[:4].strip() for line in lines] == ["done", ""]
 
 
+def test_a_word_in_no_cell_s_name_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = ["--out", str(tmp_path), "--only", "hydra", "--only", "hidra"]
+    assert study.main(told, cases=CELLS) == 2
+    assert "no cell has 'hydra' and 'hidra'" in capsys.readouterr().err
+
+
 def test_data_that_is_not_there_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 def main(
     arguments: Sequence[str] | None = None, *, cases: Sequence[Case] = CASES
 ) -> int:
-    """Run what the command line asks for; 0 done, 2 the data or a record is wrong."""
+    """Run what the command line asks for; 0 done, 2 it cannot be done."""
     options = _parser().parse_args(arguments)
     chosen = [
         (case, seed)
@@ -48,6 +48,13 @@ def main(
         for seed in options.seeds
         if all(word in case.name for word in options.only)
     ]
+    if not chosen:
+        asked = " and ".join(map(repr, options.only))
+        print(
+            f"--only: no cell has {asked} in its name; --list shows all.",
+            file=sys.stderr,
+        )
+        return 2
     out, runs = Path(options.out), Path(options.runs)
     try:
         if options.list:
