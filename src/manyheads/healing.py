@@ -131,7 +131,7 @@ def heal(
     refit_unswapped: bool | None = None,
     block_epochs: int = 0,
     logit_epochs: int = 15,
-    batch_size: int = 64,
+    batch_size: int = 32,
     block_learning_rate: float | int | None = None,
     learning_rate: float | int | None = None,
     weight_decay: float | int = 0.0,
