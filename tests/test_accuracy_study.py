@@ -312,7 +312,7 @@ def test_tables_show_misses_and_what_is_not_there_yet(done: Path) -> None:
     assert "-7.00 (one seed)" in row
     assert "-6: missed !" in row
     [row] = [line for line in table.splitlines() if line.startswith("| compact")]
-    assert row.count(" - ") == 4
+    assert row.count(" - ") == 5
     for record in records:
         if record["teacher_top1"] is not None:
             record["top1"] = record["teacher_top1"]
@@ -324,6 +324,12 @@ def test_tables_show_misses_and_what_is_not_there_yet(done: Path) -> None:
     assert "-6: missed !" in accuracy_table(pair)
     ways = healing_table(records)
     assert "| last_blocks_first |" in ways
+    beside = json.loads(json.dumps(healed))
+    beside["case"]["variant"], beside["top1"] = "batch_64", beside["teacher_top1"] - 0.5
+    table = accuracy_table([*records, beside])
+    [row] = [line for line in table.splitlines() if line.startswith("| hydra_all")]
+    assert "| +0.00 (one seed) | -6: met | -50.00 (one seed) |" in row
+    assert "| batch_64 |" in healing_table([*records, beside])
     assert "| as in the table of accuracies |" in ways
     assert accuracy_table([]) == healing_table([]) == "Not recorded yet."
     assert {"accuracy", "healing"} <= set(TABLES)

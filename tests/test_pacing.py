@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def test_the_study_heals_with_the_defaults() -> None:
     sites = find_host(timm.create_model("vit_tiny_patch16_224", **dict(CIFAR10.model)))
     found = paced(NOTHING_SAID, sites[1])
     found["warmup_epochs"] = warmup_of(found, 1)
+    found["batch_size"] = inspect.signature(heal).parameters["batch_size"].default
     assert {name: found[name] for name in BASE} == BASE
 
 
