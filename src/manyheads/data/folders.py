@@ -44,10 +44,10 @@ class Folder:
         return self.files[position]
 
     def digest(self) -> str:
-        """Sum up names and sizes of all files."""
+        """Sum up names and sizes of all files; a link to nothing has no size."""
         listing = hashlib.sha256()
         for path in self.files:
-            entry = f"{path.relative_to(self.root)}\0{path.stat().st_size}\0"
+            entry = f"{path.relative_to(self.root)}\0{_size(path)}\0"
             listing.update(entry.encode("utf-8", "surrogateescape"))
         return listing.hexdigest()[:16]
 
@@ -60,6 +60,8 @@ def list_files(root: Path) -> list[Path]:
     """
     if not root.is_dir():
         found = "it is a file" if root.is_file() else "there is no such folder"
+        if root.is_symlink() and not root.exists():
+            found = f"it is a link to {os.readlink(root)}, which is not there"
         raise DataError(
             asked=f"images from {root}",
             found=found,
@@ -133,6 +135,14 @@ def picture_endings() -> frozenset[str]:
     """Give the endings of files that Pillow reads, lower case with the dot."""
     known = Image.registered_extensions()
     return frozenset(ending for ending, kind in known.items() if kind in Image.OPEN)
+
+
+def _size(path: Path) -> int | None:
+    """Give a file's bytes; None where it cannot be reached, which reading will say."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def _refuse_listing(error: OSError) -> None:

@@ -1,0 +1,62 @@
+"""Folders as they lie on real disks: links, and files of several kinds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from manyheads import Hydra, Recipe, Swap, convert, heal, train
+from manyheads.data import image_source
+from manyheads.errors import DataError
+from tests.helpers import tiny_vit
+
+QUICK = {"batch_size": 4, "progress": False}
+
+
+def paint(path: Path, shade: int = 90) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 32), (shade, shade, shade)).save(path)
+    return path
+
+
+def two_classes(root: Path) -> Path:
+    for name in ("a", "b"):
+        for number in range(3):
+            paint(root / name / f"{number}.png")
+    return root
+
+
+def read(images: object) -> list[str]:
+    """Read all pictures of a source and name them."""
+    source = image_source(tiny_vit(), images, labelled=False)
+    list(source.batches(range(len(source)), 4))
+    return [source.items.name(position) for position in range(len(source))]
+
+
+def test_a_link_to_nothing_is_an_unreadable_picture(tmp_path: Path) -> None:
+    folder = two_classes(tmp_path / "pictures")
+    (folder / "a" / "x.png").symlink_to(tmp_path / "gone.png")
+    (folder / "b" / "round.png").symlink_to("round.png")
+    teacher = tiny_vit(num_classes=2)
+    student = convert(teacher, Recipe(Swap(attention=Hydra())))
+    trained = train(teacher, folder, epochs=1, max_unreadable=0.25, **QUICK)
+    healed = heal(
+        student, teacher, folder, logit_epochs=1, max_unreadable=0.25, **QUICK
+    )
+    for found in (trained, healed):
+        assert (found.images, found.skipped) == (8, ("a/x.png", "b/round.png"))
+    with pytest.raises(DataError, match=r"2 of 8 cannot be read: .*x\.png .*No such"):
+        train(teacher, folder, epochs=1, max_unreadable=0.2, **QUICK)
+
+
+@pytest.mark.parametrize("name", ["lost.png", "lost.parquet", "lost.tar"])
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a folder"])
+def test_a_link_to_nothing_is_named_where_all_is_lost(
+    tmp_path: Path, name: str, inside: bool
+) -> None:
+    link = tmp_path / name
+    link.symlink_to("/nowhere")
+    with pytest.raises(DataError, match=name):
+        read(tmp_path if inside else link)
