@@ -60,3 +60,29 @@ def test_a_link_to_nothing_is_named_where_all_is_lost(
     link.symlink_to("/nowhere")
     with pytest.raises(DataError, match=name):
         read(tmp_path if inside else link)
+
+
+def test_links_to_folders_are_followed_and_never_in_a_circle(tmp_path: Path) -> None:
+    elsewhere = two_classes(tmp_path / "elsewhere")
+    folder = tmp_path / "pictures"
+    paint(folder / "a" / "own.png")
+    (folder / "b").symlink_to(elsewhere / "b", target_is_directory=True)
+    (folder / "a" / "more").symlink_to(elsewhere / "a", target_is_directory=True)
+    # Round in one step, in two, and from behind a link to a folder above all.
+    (folder / "a" / "self").symlink_to(folder / "a", target_is_directory=True)
+    (folder / "a" / "top").symlink_to(folder, target_is_directory=True)
+    (elsewhere / "a" / "back").symlink_to(folder / "a", target_is_directory=True)
+    expected = ["a/more/0.png", "a/more/1.png", "a/more/2.png", "a/own.png"]
+    expected += ["b/0.png", "b/1.png", "b/2.png"]
+    assert sorted(read(folder)) == [str(Path(name)) for name in expected]
+    source = image_source(tiny_vit(), folder, labelled=True)
+    assert source.labels.tolist() == [0] * 4 + [1] * 3
+    (tmp_path / "link").symlink_to(folder, target_is_directory=True)
+    assert read(tmp_path / "link") == read(folder)
+
+
+def test_a_link_to_a_folder_that_is_gone_is_refused(tmp_path: Path) -> None:
+    folder = two_classes(tmp_path / "pictures")
+    (folder / "c").symlink_to(tmp_path / "gone", target_is_directory=True)
+    with pytest.raises(DataError, match=r"c is a link to .*gone, which is not there"):
+        read(folder)

@@ -55,8 +55,12 @@ class Folder:
 def list_files(root: Path) -> list[Path]:
     """Give all files under a folder, sorted; hidden files and folders are passed over.
 
+    Links to folders are followed. One that leads back to a folder on the way to it is
+    not: all that it could add is there already.
+
     Raises:
-        DataError: There is no such folder, or it cannot be listed.
+        DataError: There is no such folder, it cannot be listed, or a link in it that
+            is no picture by its ending leads nowhere.
     """
     if not root.is_dir():
         found = "it is a file" if root.is_file() else "there is no such folder"
@@ -70,10 +74,36 @@ def list_files(root: Path) -> list[Path]:
             '"hub:owner/name" or "digits".',
         )
     files: list[Path] = []
-    for folder, below, names in os.walk(root, onerror=_refuse_listing):
+    # Of folders that are still to come, where they and all above them really are.
+    ways = {str(root): (os.path.realpath(root),)}
+    for folder, below, names in os.walk(
+        root, onerror=_refuse_listing, followlinks=True
+    ):
+        way = ways.pop(folder)
         below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in list(below):
+            path = os.path.join(folder, name)
+            real = os.path.realpath(path) if os.path.islink(path) else ""
+            real = real or os.path.join(way[-1], name)
+            if real in way:
+                below.remove(name)
+            ways[path] = (*way, real)
         files += [Path(folder, n) for n in sorted(names) if not n.startswith(".")]
+    _require_folders(root, files)
     return files
+
+
+def _require_folders(root: Path, files: Sequence[Path]) -> None:
+    """Refuse links to nothing that were links to folders, as far as a name can tell."""
+    for path in files:
+        if not path.suffix and path.is_symlink() and not os.path.exists(path):
+            raise DataError(
+                asked=f"images from {root}",
+                found=f"{path.relative_to(root)} is a link to {os.readlink(path)}, "
+                "which is not there",
+                why="the images that it stood for would be left out",
+                fix="Repair the link or remove it.",
+            )
 
 
 def list_pictures(
