@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,36 @@ def test_a_link_to_a_folder_that_is_gone_is_refused(tmp_path: Path) -> None:
     (folder / "c").symlink_to(tmp_path / "gone", target_is_directory=True)
     with pytest.raises(DataError, match=r"c is a link to .*gone, which is not there"):
         read(folder)
+
+
+def test_a_folder_of_two_kinds_is_refused_with_what_holds_one(tmp_path: Path) -> None:
+    folder = two_classes(tmp_path / "pictures")
+    shard = folder / "c.tar"
+    with tarfile.open(shard, "w") as tar:
+        tar.add(folder / "a" / "0.png", "0.png")
+    with pytest.raises(
+        DataError, match=r"1 \.tar file \(c\.tar\) and 6 pict"
+    ) as caught:
+        read(folder)
+    assert caught.value.fix == f'Give "{shard}".'
+    assert read(shard) == ["c.tar:0"]
+    (folder / "data").mkdir()
+    shard.rename(folder / "data" / "c.tar")
+    (folder / "data" / "d.tar").write_bytes((folder / "data" / "c.tar").read_bytes())
+    with pytest.raises(DataError, match=r"2 \.tar files \(data/c\.tar, ") as caught:
+        read(folder)
+    assert caught.value.fix == f'Give "{folder / "data"}".'
+    assert read(folder / "data") == ["c.tar:0", "d.tar:0"]
+    (folder / "a" / "0.png").rename(folder / "x.parquet")
+    with pytest.raises(
+        DataError, match=r"1 \.parquet file \(x\.parquet\) and 2"
+    ) as caught:
+        read(folder)
+    assert str(folder / "x.parquet") in caught.value.fix
+
+
+def test_other_files_beside_pictures_do_not_matter(tmp_path: Path) -> None:
+    folder = two_classes(tmp_path / "pictures")
+    (folder / "README").write_text("a note")
+    (folder / "labels.json").write_text("{}")
+    assert len(read(folder)) == 6

@@ -15,7 +15,13 @@ from PIL import Image
 from manyheads.data.splits import choose_split, split_word
 from manyheads.errors import DataError
 
-__all__ = ["Folder", "list_files", "list_pictures", "picture_endings"]
+__all__ = [
+    "Folder",
+    "list_files",
+    "list_pictures",
+    "picture_endings",
+    "require_one_kind",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +110,41 @@ def _require_folders(root: Path, files: Sequence[Path]) -> None:
                 why="the images that it stood for would be left out",
                 fix="Repair the link or remove it.",
             )
+
+
+def require_one_kind(root: Path, files: Sequence[Path]) -> None:
+    """Refuse tables, archives and pictures beside each other: one kind is read only.
+
+    Raises:
+        DataError: There is more than one kind; names what holds a single one.
+    """
+    kinds: dict[str, list[Path]] = {}
+    for path in files:
+        ending = path.suffix.lower()
+        kind = "picture" if ending in picture_endings() else f"{ending} file"
+        if kind in ("picture", ".parquet file", ".tar file"):
+            kinds.setdefault(kind, []).append(path)
+    if len(kinds) < 2:
+        return
+    places = []
+    for kind, held in kinds.items():
+        others = [path for other in kinds if other != kind for path in kinds[other]]
+        shared = Path(os.path.commonpath([path.parent for path in held]))
+        if not any(path.is_relative_to(shared) for path in others):
+            places.append(f'"{shared}"')
+        elif len(held) == 1:
+            places.append(f'"{held[0]}"')
+    counted = [
+        f"{len(held)} {kind}{'s' if len(held) > 1 else ''} "
+        f"({held[0].relative_to(root)}{', ...' if len(held) > 1 else ''})"
+        for kind, held in sorted(kinds.items())
+    ]
+    raise DataError(
+        asked=f"images from {root}",
+        found=f"it holds {' and '.join(counted)}",
+        why="one kind is read, and the other would be left out",
+        fix=f"Give {' or '.join(places)}." if places else "Move one kind elsewhere.",
+    )
 
 
 def list_pictures(

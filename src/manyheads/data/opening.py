@@ -25,7 +25,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from manyheads.data.bundled import digits
-from manyheads.data.folders import list_files, list_pictures, picture_endings
+from manyheads.data.folders import (
+    list_files,
+    list_pictures,
+    picture_endings,
+    require_one_kind,
+)
 from manyheads.data.labels import number_labels
 from manyheads.data.photographs import misfit
 from manyheads.data.preprocessing import Preprocessing
@@ -158,6 +163,7 @@ class _Opening:
         known = {".parquet", ".tar"} | picture_endings()
         alone = path.is_file() and path.suffix.lower() in known
         files, root = ([path], path.parent) if alone else (list_files(path), path)
+        require_one_kind(root, files)
         for ending, open_ in ((".parquet", self.parquet), (".tar", self.shards)):
             found = [file for file in files if file.suffix.lower() == ending]
             if found:
