@@ -117,6 +117,13 @@ def test_two_pictures_of_one_sample_are_refused(tmp_path: Path) -> None:
         open_(pack(tmp_path / "a.tar", members), labelled=False)
 
 
+def test_two_labels_of_one_sample_are_refused(tmp_path: Path) -> None:
+    for second in ("a.cls", "a.CLS"):
+        members = [("a.png", encoded(1)), ("a.cls", "1"), (second, "2")]
+        with pytest.raises(DataError, match=rf"a\.cls and {second} are labels"):
+            open_(pack(tmp_path / "a.tar", members), labelled=False)
+
+
 def test_a_shard_cut_anywhere_is_refused(tmp_path: Path) -> None:
     path = shard(tmp_path / "a.tar", range(6), range(6))
     whole = path.read_bytes()

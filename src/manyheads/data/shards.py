@@ -38,6 +38,7 @@ class _Sample:
     size: int = 0
     word: str | None = None
     picture: str = ""
+    labelled_by: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,8 +86,8 @@ def index_shards(files: Sequence[Path]) -> Shards:
     Time grows with the number of members, not with their bytes.
 
     Raises:
-        DataError: A file is no plain tar or is cut short, a sample has two pictures,
-            or there is no sample.
+        DataError: A file is no plain tar or is cut short, a sample has two pictures
+            or two labels, or there is no sample.
     """
     keys: list[str] = []
     places: list[tuple[int, int, int]] = []
@@ -123,25 +124,29 @@ def _read_headers(file: Path) -> dict[str, _Sample]:
                 key, ending = match[1], match[2].lower()
                 sample = samples.setdefault(key, _Sample())
                 if ending == "cls":
+                    _require_first(sample.labelled_by, member, file, "labels")
                     sample.word = _label(tar, member, file)
+                    sample.labelled_by = member.name
                 elif f".{ending.rpartition('.')[2]}" in picture_endings():
-                    _place(sample, member, file)
+                    _require_first(sample.picture, member, file, "pictures")
+                    sample.offset, sample.size = member.offset_data, member.size
+                    sample.picture = member.name
     except (tarfile.TarError, OSError) as error:
         raise _broken(file, f"{type(error).__name__}: {error}") from error
     _require_whole(file, end)
     return samples
 
 
-def _place(sample: _Sample, member: tarfile.TarInfo, file: Path) -> None:
-    if sample.picture:
+def _require_first(
+    earlier: str, member: tarfile.TarInfo, file: Path, kind: str
+) -> None:
+    if earlier:
         raise DataError(
             asked=f"images from {file}",
-            found=f"{sample.picture} and {member.name} are pictures of one sample",
-            why="which of them is the image would be a guess",
-            fix="Write shards with one picture per sample.",
+            found=f"{earlier} and {member.name} are {kind} of one sample",
+            why="which of them is meant would be a guess",
+            fix="Write shards with one picture and one .cls member per sample.",
         )
-    sample.offset, sample.size = member.offset_data, member.size
-    sample.picture = member.name
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, file: Path) -> str | None:
