@@ -257,6 +257,13 @@ def test_a_hub_out_of_reach_says_so_and_what_to_do() -> None:
     assert ".parquet" in caught.value.fix
 
 
+@pytest.mark.parametrize("name", ["", " ", "[train]", "owner/", "a/b/c/d"])
+def test_what_is_no_name_of_a_hub_data_set_is_refused(name: str) -> None:
+    with pytest.raises(DataError, match="is no name of a data set") as caught:
+        open_(f"hub:{name}")
+    assert '"hub:uoft-cs/cifar10"' in caught.value.fix
+
+
 def test_without_datasets_the_pip_line_is_named(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", [1])
     code = (

@@ -129,10 +129,18 @@ def open_hub(
         The rows, and the part that was chosen.
 
     Raises:
-        DataError: There is no such data set or part, it is out of reach, or it is no
-            table of images.
+        DataError: That is no name, there is no such data set or part, it is out of
+            reach, or it is no table of images.
         MissingExtra: datasets is not installed.
     """
+    parts = [part.strip() for part in name.split("/")]
+    if len(parts) > 3 or not all(parts):
+        raise DataError(
+            asked=f"images from {where}",
+            found=f"{name!r} is no name of a data set",
+            why="a name is owner/name or owner/name/configuration",
+            fix='Give "hub:uoft-cs/cifar10" or another name from the hub.',
+        )
     library = _library(where)
     owner_and_name, configuration = name, None
     if name.count("/") == 2:
