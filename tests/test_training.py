@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -50,6 +51,17 @@ def test_training_learns_what_carries_over_to_unseen_images(converted: bool) -> 
     assert trained.validation == evaluate(model, unseen, batch_size=16, progress=False)
     assert trained.history[-1]["top1"] == trained.validation.top1
     assert len(trained.history) == 4
+
+
+def test_one_step_is_made_at_the_whole_rate_and_without_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = QUICK | {"epochs": 1, "log_every": 1, "run_dir": tmp_path / "run"}
+    assert train(tiny_vit(num_classes=3), coloured(16), **options).steps == 1
+    assert [record.getMessage() for record in caplog.records] == []
+    lines = (tmp_path / "run" / "steps.csv").read_text().splitlines()
+    (line,) = csv.DictReader(lines)
+    assert float(line["learning_rate"]) == 1e-3
 
 
 def test_evaluation_agrees_with_a_hand_computation_whatever_the_batch() -> None:

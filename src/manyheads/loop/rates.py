@@ -50,7 +50,9 @@ def optimizer_and_schedule(
     total = per_epoch * stage.epochs
     schedule = CosineLRScheduler(
         optimizer,
-        t_initial=total,
+        # Of one step timm warns that a cosine changes nothing. Two begin with the same
+        # rate, and the second is not done.
+        t_initial=max(total, 2),
         warmup_t=min(total - 1, round(stage.warmup_epochs * per_epoch)),
         warmup_lr_init=stage.learning_rate / 100,
         t_in_epochs=False,
