@@ -324,6 +324,24 @@ def test_unreadable_pictures_are_listed_by_path_at_the_end(
     assert not (tmp_path / "out-not").exists()
 
 
+def test_unreadable_validation_pictures_are_listed_too(
+    terminal: Terminal, teacher: str, pictures: str, tmp_path: Path
+) -> None:
+    held_out = Path(shutil.copytree(pictures, tmp_path / "held out"))
+    (held_out / "class3" / "broken.png").write_text("no picture")
+    (held_out / "class4" / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    paths = [str(Path("class3", "broken.png")), str(Path("class4", "lost.png"))]
+    words = ["train", teacher, pictures, "--validation", str(held_out), *QUICK]
+    words += ["--epochs", "1", "--max-unreadable", "0.2", "--out", str(tmp_path / "o")]
+    code, _, err = terminal(*words)
+    assert code == 0, err
+    told = "Warning: 2 validation pictures could not be read"
+    end = err[err.index(told) :].splitlines()
+    assert [line.strip() for line in end[1:]] == paths
+    assert "Warning: 2 pictures" not in err
+    assert terminal.json(*words)["validation"]["skipped"] == paths
+
+
 @pytest.mark.parametrize("there", [False, True], ids=["new", "there"])
 def test_a_run_that_is_refused_at_once_leaves_no_trace(
     terminal: Terminal, teacher: str, there: bool, tmp_path: Path

@@ -148,6 +148,8 @@ def _command(
             _write(named[0], Path(values["out"]), again)
         show(found, as_json=as_json, models=named, config=again)
         _list_skipped(found.skipped)
+        if isinstance(found, training.Trained) and found.validation is not None:
+            _list_skipped(found.validation.skipped, "validation ")
 
     parameters = [word.parameter() for word in words]
     for name, annotation, default in (
@@ -227,11 +229,12 @@ def _recipe(name: str, known: Mapping[str, Published]) -> Published:
     return known[name]
 
 
-def _list_skipped(skipped: Sequence[str]) -> None:
+def _list_skipped(skipped: Sequence[str], kind: str = "") -> None:
     """Say where the pictures lie that could not be read."""
     if not skipped:
         return
-    lines = [f"Warning: {len(skipped)} pictures could not be read and were left out:"]
+    told = f"{len(skipped)} {kind}pictures could not be read and were left out"
+    lines = [f"Warning: {told}:"]
     lines += [f"  {name}" for name in skipped[:_LISTED]]
     if len(skipped) > _LISTED:
         lines.append(f"  and {len(skipped) - _LISTED} more; --json gives them all")
