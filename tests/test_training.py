@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import tarfile
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -150,6 +153,51 @@ def test_validation_with_other_classes_is_refused(tmp_path: Path) -> None:
     other = class_folders(tmp_path / "b", ("blue", "green"))
     with pytest.raises(DataError, match="green, red"):
         train(tiny_vit(num_classes=2), learned, validation=other, **QUICK)
+
+
+def table(names: list[str]) -> datasets.Dataset:
+    rows = {"image": [Image.new("RGB", (40, 40), name) for name in names]}
+    rows["label"] = list(range(len(names)))
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+
+
+def shards(path: Path, names: list[str]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            picture = io.BytesIO()
+            Image.new("RGB", (40, 40), name).save(picture, "PNG")
+            for ending, held in (("png", picture.getvalue()), ("cls", name.encode())):
+                member = tarfile.TarInfo(f"{name}.{ending}")
+                member.size = len(held)
+                tar.addfile(member, io.BytesIO(held))
+    return path
+
+
+def test_messages_on_classes_name_what_the_source_has(tmp_path: Path) -> None:
+    colours = ["blue", "green", "red"]
+    sources = {
+        "3 classes in the label column": table(colours),
+        "3 classes in the .cls members": shards(tmp_path / "a.tar", colours),
+        "10 classes and": "digits",
+    }
+    for told, source in sources.items():
+        with pytest.raises(DataError, match=told) as caught:
+            evaluate(tiny_vit(num_classes=2), source, progress=False)
+        assert "folder" not in str(caught.value)
+    model = tiny_vit(num_classes=3)
+    other = shards(tmp_path / "b.tar", ["blue", "red", "white"])
+    for theirs, told in (
+        (table(["blue", "red", "white"]), "classes in the label column differ: green"),
+        (table(["red", "green", "blue"]), "column differ in their order"),
+        (other, "classes in the .cls members differ: green, white"),
+    ):
+        with pytest.raises(DataError, match=told) as caught:
+            train(model, table(colours), validation=theirs, **QUICK)
+        assert "folder" not in str(caught.value)
+    with pytest.raises(DataError, match="not every image has a label") as caught:
+        evaluate(model, table(colours).remove_columns("label"), progress=False)
+    assert "column label" in caught.value.fix
 
 
 def test_scores_that_are_not_finite_are_an_error_with_the_block() -> None:

@@ -45,8 +45,8 @@ def require_scores(
             asked=asked,
             found=f"it gives features {list(outputs.shape[1:])}",
             why="labels are compared with scores, one for each class",
-            fix="Give the images without labels: a tensor alone, or picture files in "
-            "one folder without a subfolder for each class.",
+            fix="Give the images without labels: a tensor alone, pictures in one "
+            "folder, or a table without a column of labels.",
         )
     highest, count = int(labels.max()), outputs.shape[-1]
     if highest >= count:
@@ -54,5 +54,6 @@ def require_scores(
             asked=asked,
             found=f"label {highest} is given and the outputs are 0 to {count - 1}",
             why="a class's number is its place among the outputs",
-            fix="Give labels, or one subfolder per class, in the order of the outputs.",
+            fix="Give labels that number the outputs from 0; those of a folder are the "
+            "places of its subfolders' names, sorted.",
         )

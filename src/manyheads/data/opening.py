@@ -55,6 +55,14 @@ Images = str | Path | Tensor | tuple[Tensor, Tensor] | Dataset[Any] | Table
 
 _HUB, _DIGITS = "hub:", "digits"
 
+_LABELLED = {
+    "folder": "Put every picture into a subfolder of its class.",
+    "table": "Give a table with a column label that has a class in every row.",
+    "shards": "Give every picture a .cls member.",
+    "tensor": "Give (images, labels).",
+}
+"""What gives a source labels, by its kind."""
+
 
 def image_source(
     model: nn.Module,
@@ -116,8 +124,7 @@ def open_images(
             asked=f"labelled images from {source.where}",
             found="not every image has a label",
             why="training and evaluation compare with labels; heal() needs none",
-            fix="Give one subfolder per class, a column label, .cls members, "
-            "(images, labels), or a dataset of pairs.",
+            fix=_LABELLED.get(source.identity["kind"], "Give pairs (image, label)."),
         )
     return source
 

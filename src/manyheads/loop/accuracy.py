@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,26 @@ __all__ = [
     "require_labels",
     "require_same_classes",
 ]
+
+
+class _Wording(NamedTuple):
+    """How messages speak of the classes of one kind of source."""
+
+    classes: str
+    number: str
+    images: str
+    same: str
+
+
+_WORDINGS = {
+    "folder": _Wording(
+        "class subfolders", "its folder's name", "a folder", "subfolders"
+    ),
+    "table": _Wording("classes in the label column", "its class", "a table", "classes"),
+    "shards": _Wording("classes in the .cls members", "its word", "shards", "classes"),
+}
+"""By the kind that a source states; others have classes and no more."""
+_OTHER = _Wording("classes", "its class", "images", "classes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,14 +175,15 @@ def labelled_source(
     if source.labels is not None:
         require_labels(source.labels, scores.shape[1])
     if source.classes and len(source.classes) != scores.shape[1]:
+        wording = _wording(source)
         raise DataError(
             asked=f"labelled images from {source.where}",
-            found=f"it has {len(source.classes)} class subfolders and the model names "
+            found=f"it has {len(source.classes)} {wording.classes} and the model names "
             f"{scores.shape[1]} classes",
-            why="a label is the position of its folder's name among all, sorted",
+            why=f"a label is the position of {wording.number} among all",
             fix=f"Build the model with num_classes={len(source.classes)}, in the "
             f"terminal with --model-arguments num_classes={len(source.classes)}, or "
-            "give a folder with every class.",
+            f"give {wording.images} with every class.",
         )
     return source, scores.shape[1]
 
@@ -186,16 +207,23 @@ def require_same_classes(ours: ImageSource, theirs: ImageSource) -> None:
     """See that a label means the same in both sources.
 
     Raises:
-        DataError: Their class subfolders differ.
+        DataError: Their classes differ, or have another order.
     """
     if ours.classes and theirs.classes and ours.classes != theirs.classes:
         differing = sorted(set(ours.classes) ^ set(theirs.classes))
+        told = f": {', '.join(differing[:5])}" if differing else " in their order"
+        alike = ours.identity["kind"] == theirs.identity["kind"]
+        wording = _wording(theirs)
         raise DataError(
             asked=f"validation on {theirs.where}",
-            found=f"its class subfolders differ: {', '.join(differing[:5])}",
-            why="a label is the position of its folder's name among all, sorted",
-            fix="Give the same subfolders in both.",
+            found=f"its {wording.classes} differ{told}",
+            why=f"a label is the position of {wording.number} among all",
+            fix=f"Give the same {wording.same if alike else 'classes'} in both.",
         )
+
+
+def _wording(source: ImageSource) -> _Wording:
+    return _WORDINGS.get(source.identity["kind"], _OTHER)
 
 
 def _count(
