@@ -164,3 +164,5 @@ def test_another_content_is_another_source(tmp_path: Path) -> None:
     assert open_(path, labelled=False).identity == before
     shard(path, [1, 2, 3])
     assert open_(path, labelled=False).identity != before
+    before = open_(shard(path, [1, 2], [0, 1])).identity
+    assert open_(shard(path, [1, 2], [1, 0])).identity != before

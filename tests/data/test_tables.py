@@ -207,6 +207,17 @@ def test_a_data_set_that_cannot_be_numbered_is_refused(
         open_(images())
 
 
+def test_other_files_behind_a_table_are_another_source(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    identities = []
+    for shade in (10, 20):
+        Image.new("RGB", (40, 30), (shade, shade, shade)).save(path)
+        made = datasets.Dataset.from_dict({"image": [str(path)]})
+        source = open_(made.cast_column("image", datasets.Image()), labelled=False)
+        identities.append(source.identity)
+    assert identities[0] != identities[1]
+
+
 def test_bad_parquet_files_and_parts_are_refused(tmp_path: Path) -> None:
     root = tmp_path / "set"
     write(root / "train.parquet", [1])

@@ -15,7 +15,6 @@ they are, after a look at their shape, type and values.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from manyheads.data.folders import (
     picture_endings,
     require_one_kind,
 )
+from manyheads.data.glances import digest_tensor, glance_at
 from manyheads.data.labels import number_labels
 from manyheads.data.photographs import misfit
 from manyheads.data.preprocessing import Preprocessing
@@ -39,7 +39,6 @@ from manyheads.data.samples import (
     Store,
     TensorSamples,
     WrappedSamples,
-    parts_of,
 )
 from manyheads.data.shards import index_shards
 from manyheads.data.source import ImageSource
@@ -269,9 +268,9 @@ class _Opening:
                 fix=f"Give a float tensor [n, {self.wanted.channels}, {height}, "
                 f"{width}], normalised as the model wants it, or a folder.",
             )
-        identity = {"kind": "tensor", "shape": shape, "digest": _digest(images)}
+        identity = {"kind": "tensor", "shape": shape, "digest": digest_tensor(images)}
         if labels is not None:
-            identity["labels"] = _digest(labels)
+            identity["labels"] = digest_tensor(labels)
         return ImageSource(
             items=TensorSamples(images, labels, Preprocessing(self.wanted)),
             size=len(images),
@@ -298,12 +297,14 @@ class _Opening:
                 fix="Give a folder, a map-style torch dataset, a tensor [n, C, H, W], "
                 "or a pair of tensors (images, labels).",
             )
-        first, label = parts_of(images[0])
+        first, label, digest = glance_at(images, count)
         if not isinstance(first, Tensor | Image.Image):
+            broken = "none of its items that were tried can be read"
             raise DataError(
                 asked=f"images from a {kind}",
-                found=f"an item is a {type(first).__name__}",
-                where="item 0",
+                found=broken
+                if first is None
+                else f"an item is a {type(first).__name__}",
                 fix="Items are a tensor [C, H, W] or a picture, alone or with a label: "
                 "(image, label).",
             )
@@ -312,11 +313,7 @@ class _Opening:
             items=WrappedSamples(images, Preprocessing(self.wanted)),
             size=count,
             where=f"a {kind}",
-            identity={
-                "kind": kind,
-                "images": count,
-                "first": _digest(first) if isinstance(first, Tensor) else first.size,
-            },
+            identity={"kind": kind, "images": count, "digest": digest},
             labelled=label >= 0,
             pictures=not plain,
         )
@@ -347,8 +344,3 @@ def label_problem(labels: Tensor, count: int) -> str | None:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         return f"its labels are {labels.dtype}, not class numbers"
     return f"label {int(labels.min())} is negative" if labels.min() < 0 else None
-
-
-def _digest(tensor: Tensor) -> str:
-    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(plain.numpy().tobytes()).hexdigest()[:16]

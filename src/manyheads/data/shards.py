@@ -73,9 +73,10 @@ class Shards:
             return BytesIO(file.read(size))
 
     def digest(self) -> str:
-        """Sum up shards, keys and places."""
+        """Sum up shards, keys, places and labels."""
         listing = hashlib.sha256(self.places.tobytes())
-        names = "\0".join([*(file.name for file in self.files), *self.keys])
+        words = (word or "" for word in self.words)
+        names = "\0".join([*(file.name for file in self.files), *self.keys, *words])
         listing.update(names.encode("utf-8", "surrogateescape"))
         return listing.hexdigest()[:16]
 

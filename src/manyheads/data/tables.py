@@ -81,10 +81,10 @@ class Rows:
         for position in range(0, len(self), max(1, len(self) // _DIGESTED)):
             try:
                 file = self.open(position)
+                encoded = file.read_bytes() if isinstance(file, Path) else file.read()
             except OSError:
                 continue
-            if isinstance(file, BytesIO):
-                digest.update(file.getvalue())
+            digest.update(encoded)
         return digest.hexdigest()[:16]
 
 
