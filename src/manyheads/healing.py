@@ -180,9 +180,10 @@ def heal(
     Cost: a step of stage one is the teacher's forward pass and forward and backward
     of the converted blocks; one of stage two, the teacher's forward and the student's
     forward and backward. Beside the optimiser's two copies of the moving weights a
-    third is kept, of the last ones that were good. Where a batch is worked on in
-    pieces, by parts or by processes, a step of stage one has a second forward pass of
-    the teacher, for what the error of the whole batch is divided by.
+    third is kept, of the last ones that were good, and in host memory those of the
+    start. Where a batch is worked on in pieces, by parts or by processes, a step of
+    stage one has a second forward pass of the teacher, for what the error of the whole
+    batch is divided by.
 
     Args:
         student: What `convert` made; changed in place.
@@ -231,6 +232,7 @@ def heal(
         NotHealable: The models do not pair up, nothing was converted, student and
             teacher share weights, or the student's weights are of a half type.
         DataError: The images are missing, unreadable, or not what the model takes.
+            However late that comes out, the student has the weights it came with.
         NonFiniteLoss: A loss stopped being finite; names stage, step and block.
         CheckpointError: The run_dir belongs to another run, or cannot be written.
         InvalidOption: A number is out of range, a name is unknown, nothing is to be

@@ -188,7 +188,9 @@ def train(
     Raises:
         UnknownHost: No host knows the model.
         DataError: The images are missing, unreadable, unlabelled, labelled beyond the
-            model's classes, or not what the model or the teacher takes.
+            model's classes, or not what the model or the teacher takes. However late
+            that comes out, the model has the weights then that it came with; with
+            `sharded`, those of the last checkpoint.
         NonFiniteLoss: The loss stopped being finite; names step and block.
         CheckpointError: The run_dir belongs to another run, or cannot be written.
         InvalidOption: A number is out of range, a name is unknown, or the batch has

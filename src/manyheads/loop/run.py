@@ -23,6 +23,7 @@ from rich.progress import Progress
 from torch import nn
 
 from manyheads.data import ImageSource, mix
+from manyheads.errors import DataError
 from manyheads.hosts import find_host
 from manyheads.loop.averaging import Average
 from manyheads.loop.devices import Processes, require_precision
@@ -35,7 +36,12 @@ from manyheads.loop.rates import optimizer_and_schedule
 from manyheads.loop.sharding import Shards
 from manyheads.loop.stages import RunOptions, Stage, StageRecord
 from manyheads.loop.updates import Updater
-from manyheads.loop.weights import free_only, keeping_modes, keeping_randomness
+from manyheads.loop.weights import (
+    Origin,
+    free_only,
+    keeping_modes,
+    keeping_randomness,
+)
 
 __all__ = ["Run"]
 
@@ -48,7 +54,9 @@ class Run:
                 run.perform(Stage(...))
                 run.finish()
 
-    Launched as several processes, each of them makes the same run.
+    Launched as several processes, each of them makes the same run. If images end it by
+    an error, the model gets back what it came with, unless it is in shards: then
+    every process would hold one more copy of the whole.
 
     Args:
         model: The model that moves, in place.
@@ -87,6 +95,7 @@ class Run:
         self._average: Average | None = None
         self._shards: Shards | None = None
         self._whole = model
+        self._origin: Origin | None = None
         self._updater_state: dict[str, Any] | None = None
         self._stages_seen = 0
         self._interrupts = Interrupts(active=options.run_dir is not None)
@@ -104,6 +113,8 @@ class Run:
                 paths = [site.path for site in find_host(self.model)[1]]
                 self._shards = Shards(self.model, paths, self.processes)
                 self.model = self._shards.module
+            else:
+                self._origin = Origin(self.model)
             self._go_on()
             folder = self.options.run_dir if self.processes.is_main else None
             self._logbook = Logbook(
@@ -126,6 +137,8 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, DataError) and self._origin is not None:
+            self._origin.restore()
         self._held.close()
         if isinstance(error, Stopped):
             error.leave()

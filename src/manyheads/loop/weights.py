@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 __all__ = [
     "Keeper",
+    "Origin",
     "fingerprint",
     "free_only",
     "is_finite",
@@ -47,6 +48,29 @@ class Keeper:
     def first_broken(self) -> str | None:
         """Name the first parameter that is not finite."""
         return next((n for n, p in self.parameters if not is_finite(p)), None)
+
+
+class Origin:
+    """Remembers in host memory what a model came with, at the cost of a copy."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._kept = {
+            name: tensor.detach().to("cpu", copy=True)
+            for name, tensor in _tensors(model).items()
+        }
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the model all of it back, wherever the model is by now."""
+        # By name: a model that moves to another device gets new buffers.
+        now = _tensors(self._model)
+        for name, kept in self._kept.items():
+            now[name].copy_(kept)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def is_finite(tensor: Tensor) -> bool:
