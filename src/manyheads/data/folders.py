@@ -81,7 +81,7 @@ def list_files(root: Path) -> list[Path]:
         )
     files: list[Path] = []
     # Of folders that are still to come, where they and all above them really are.
-    ways = {str(root): (os.path.realpath(root),)}
+    ways: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}
     for folder, below, names in os.walk(
         root, onerror=_refuse_listing, followlinks=True
     ):
