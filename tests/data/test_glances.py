@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from manyheads import train
 from manyheads.data import image_source
+from manyheads.data.glances import glance_at
 from manyheads.errors import CheckpointError, DataError
 from tests.helpers import tiny_vit
 
@@ -70,16 +71,21 @@ def test_another_item_or_label_is_another_dataset() -> None:
 
 @pytest.mark.parametrize("source", CHANGES)
 def test_random_items_are_the_same_dataset_each_time(source: str) -> None:
-    noise = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     before = identity(Pictures(CHANGES[source]))
-    assert torch.equal(noise[0], torch.get_rng_state())
-    assert (noise[1] == np.random.get_state()[1]).all()
-    assert noise[2] == random.getstate()
     torch.rand(3), np.random.rand(3), random.random()
     assert identity(Pictures(CHANGES[source])) == before
     other = Pictures(CHANGES[source])
     other.labels[0] += 1
     assert identity(other) != before
+
+
+def test_a_glance_leaves_the_generators_as_they_were() -> None:
+    noise = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    for change in CHANGES.values():
+        glance_at(Pictures(change), COUNT)
+    assert torch.equal(noise[0], torch.get_rng_state())
+    assert (noise[1] == np.random.get_state()[1]).all()
+    assert noise[2] == random.getstate()
 
 
 def test_a_run_on_random_items_goes_on_and_on_others_is_refused(tmp_path: Path) -> None:
