@@ -173,13 +173,11 @@ def heal(
 
     The papers do not fix any of this. Stages, rates and warm-up are those that brought
     most back in the study of `docs/accuracy.md`, where other ways stand beside them;
-    see `manyheads.pacing`. The number of epochs and the augmentation of pictures were
-    not studied: there one pass over new images was all that the work allowed.
+    see `manyheads.pacing`. Epochs and the augmentation of pictures were not studied.
     Processes share a run, and a run goes on after an interruption, as in `train`.
 
-    Cost: a step of stage one is the teacher's forward pass and forward and backward
-    of the converted blocks; one of stage two, the teacher's forward and the student's
-    forward and backward. Beside the optimiser's two copies of the moving weights a
+    Cost: a step of stage one is the teacher's forward pass, and both passes of the
+    converted blocks; one of stage two, the same with the whole student. Beside the optimiser's two copies of the moving weights a
     third is kept, of the last ones that were good, and in host memory those of the
     start. Where a batch is worked on in pieces, by parts or by processes, a step of
     stage one has a second forward pass of the teacher, for what the error of the whole
