@@ -177,11 +177,11 @@ def heal(
     Processes share a run, and a run goes on after an interruption, as in `train`.
 
     Cost: a step of stage one is the teacher's forward pass, and both passes of the
-    converted blocks; one of stage two, the same with the whole student. Beside the optimiser's two copies of the moving weights a
-    third is kept, of the last ones that were good, and in host memory those of the
-    start. Where a batch is worked on in pieces, by parts or by processes, a step of
-    stage one has a second forward pass of the teacher, for what the error of the whole
-    batch is divided by.
+    converted blocks; one of stage two, the same with the whole student. Beside the
+    optimiser's two copies of the moving weights a third is kept, of the last ones that
+    were good, and in host memory those of the start. Where a batch is worked on in
+    pieces, by parts or by processes, a step of stage one has a second forward pass of
+    the teacher, for what the error of the whole batch is divided by.
 
     Args:
         student: What `convert` made; changed in place.
