@@ -339,7 +339,8 @@ def test_unreadable_validation_pictures_are_listed_too(
     end = err[err.index(told) :].splitlines()
     assert [line.strip() for line in end[1:]] == paths
     assert "Warning: 2 pictures" not in err
-    assert terminal.json(*words)["validation"]["skipped"] == paths
+    found = terminal.json(*words)["result"]["validation"]
+    assert found["skipped"] == paths
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "there"])
