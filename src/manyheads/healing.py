@@ -168,8 +168,8 @@ def heal(
 
     Without any epochs the last matrices of the converted layers are solved for by least
     squares instead, on `refit_images` images; see `manyheads.refit`. That is
-    calibration, for people who do not train. Before training it cost hallucinated
-    attention accuracy and changed little elsewhere, and is done only if asked for.
+    calibration, for people who do not train. Before training it cost hallucinated and
+    interactive attention a point, gave Hydra none, and is done only if asked for.
 
     The papers do not fix any of this. Stages, rates and warm-up are those that brought
     most back in the study of `docs/accuracy.md`, where other ways stand beside them;
